@@ -1,0 +1,65 @@
+"""The manifest: what an artifact consists of and how it came to be. ``mergeyard.json`` is its JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MANIFEST_NAME = "mergeyard.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """A file of an artifact: the ``name`` users see, the ``key`` it has in the store, its size and digest."""
+
+    name: str
+    key: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecord:
+    """A source as it was read: its reference, its role, and the sha256 of each of its files."""
+
+    reference: str
+    role: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorStatistics:
+    """What the merge did to one tensor.
+
+    ``trimmed``: share of each source's values set to zero; ``sign_conflict``: of the parameters that at least one
+    source still changes, the share where sources disagree in sign; ``source_norms``: ‖δ‖₂ before the trim;
+    ``merged_norm``: ‖result - base‖₂, before the cast. Lists are in the order of ``sources`` (indices).
+    """
+
+    sources: tuple[int, ...]
+    trimmed: tuple[float, ...]
+    sign_conflict: float
+    source_norms: tuple[float, ...]
+    merged_norm: float
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """``files`` excludes the manifest itself. ``fingerprint`` is the plan's digest; ``versions`` names engine and libraries."""
+
+    fingerprint: str
+    recipe: Mapping[str, Any]
+    sources: tuple[SourceRecord, ...]
+    files: tuple[StoredFile, ...]
+    statistics: Mapping[str, TensorStatistics]
+    versions: Mapping[str, str]
+    warnings: tuple[Mapping[str, str], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready form. Store keys stay out: they are the store's business and name attempts."""
+        value = asdict(self)
+        for file in value["files"]:
+            del file["key"]
+        return value

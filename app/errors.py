@@ -1,0 +1,126 @@
+"""Every failure a user can see: one error type, a stable code, an HTTP status, a sentence that says what to do.
+
+Codes are part of the API: they are never renamed. A new failure gets a row in ``CODES`` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Fault = Literal["user", "system"]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What a code means: HTTP ``status``, whose ``fault`` it is, and a short ``title`` that never varies."""
+
+    status: int
+    fault: Fault
+    title: str
+
+
+CODES: dict[str, Code] = {
+    # the recipe
+    "recipe_syntax": Code(422, "user", "The recipe is not valid YAML or JSON"),
+    "recipe_invalid": Code(422, "user", "The recipe does not follow the grammar"),
+    "unknown_key": Code(422, "user", "The recipe has a key that does not exist"),
+    "unknown_method": Code(422, "user", "The merge method does not exist"),
+    "not_supported": Code(422, "user", "Valid, but not supported by this version"),
+    "no_sources": Code(422, "user", "The recipe names nothing to merge"),
+    "parameter_invalid": Code(422, "user", "A parameter's value is out of range or of the wrong type"),
+    # references and files
+    "reference_invalid": Code(422, "user", "A reference cannot be understood"),
+    "source_not_found": Code(422, "user", "A source does not exist"),
+    "path_outside_roots": Code(422, "user", "A path leads outside the model roots"),
+    "source_format": Code(422, "user", "A source's files are damaged or of a kind that is not accepted"),
+    "pickle_refused": Code(422, "user", "Pickled weights are not accepted"),
+    "adapter_unsupported": Code(422, "user", "This kind of adapter is not supported"),
+    "adapter_invalid": Code(422, "user", "The adapter's files contradict each other"),
+    "adapter_mismatch": Code(422, "user", "The adapter does not fit the base model"),
+    "model_mismatch": Code(422, "user", "The model does not fit the base model"),
+    "source_changed": Code(409, "user", "A source changed after the merge was planned"),
+    "source_not_finite": Code(422, "user", "A source holds NaN or infinity"),
+    "result_not_finite": Code(422, "user", "The merge produced NaN or infinity"),
+    # requests
+    "request_invalid": Code(422, "user", "The request is not valid"),
+    "body_too_large": Code(413, "user", "The request body is too large"),
+    "unsupported_media_type": Code(415, "user", "The content type is not accepted"),
+    "not_found": Code(404, "user", "Not found"),
+    "method_not_allowed": Code(405, "user", "The method is not allowed here"),
+    "conflict": Code(409, "user", "The merge's state does not allow this"),
+    "idempotency_mismatch": Code(422, "user", "The Idempotency-Key was used for another request"),
+    "idempotency_in_flight": Code(409, "user", "A request with this Idempotency-Key is still in flight"),
+    "range_not_satisfiable": Code(416, "user", "The range cannot be satisfied"),
+    "output_exists": Code(409, "user", "The output folder already exists"),
+    "digest_mismatch": Code(422, "user", "The bytes do not have the digest they should have"),
+    # the system
+    "cancelled": Code(409, "user", "The merge was cancelled"),
+    "worker_lost": Code(500, "system", "The worker stopped and no attempt was left"),
+    "disk_full": Code(507, "system", "There is not enough disk space"),
+    "out_of_memory": Code(507, "system", "There is not enough memory"),
+    "broker_unavailable": Code(503, "system", "The queue cannot be reached"),
+    "database_unavailable": Code(503, "system", "The database cannot be reached"),
+    "not_ready": Code(503, "system", "The service is not ready"),
+    "internal": Code(500, "system", "Something went wrong inside Mergeyard"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong: ``code``, a sentence saying what and what to do, and ``where`` it is.
+
+    ``where`` is a place in the recipe (``models[1].parameters.density``), or empty when no place applies.
+    """
+
+    code: str
+    message: str
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in CODES:
+            raise KeyError(f"no row in CODES for {self.code!r}")
+
+    def as_json(self) -> dict[str, str]:
+        return {"code": self.code, "message": self.message, "where": self.where}
+
+
+class MergeyardError(Exception):
+    """A user-facing failure made of one or more problems; the first one names the code and the status."""
+
+    def __init__(self, code: str, message: str, *, where: str = "") -> None:
+        self.problems: tuple[Problem, ...] = (Problem(code=code, message=message, where=where),)
+        super().__init__(message)
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> MergeyardError:
+        """Raise-able form of several problems at once. ``problems`` must not be empty."""
+        first = problems[0]
+        error = cls(first.code, first.message, where=first.where)
+        error.problems = tuple(problems)
+        return error
+
+    @property
+    def code(self) -> str:
+        return self.problems[0].code
+
+    @property
+    def message(self) -> str:
+        return self.problems[0].message
+
+    @property
+    def where(self) -> str:
+        return self.problems[0].where
+
+    @property
+    def status(self) -> int:
+        return CODES[self.code].status
+
+    @property
+    def fault(self) -> Fault:
+        return CODES[self.code].fault
+
+    @property
+    def title(self) -> str:
+        return CODES[self.code].title

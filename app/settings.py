@@ -1,0 +1,59 @@
+"""Settings: ``MERGEYARD_*`` environment variables, read once by whoever starts a process and passed on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One frozen value; the defaults are the embedded size (SQLite, a Valkey on a Unix socket, local files)."""
+
+    model_config = SettingsConfigDict(env_prefix="MERGEYARD_", frozen=True, extra="ignore")
+
+    data_dir: Path = Field(Path("mergeyard-data"), description="Folder for everything the service keeps")
+    database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in the data folder")
+    broker_url: str = Field("", description="Redis or Valkey URL; empty: a Valkey socket in the data folder")
+    artifact_store: str = Field("", description="Folder of the published artifacts; empty: in the data folder")
+    model_roots: str = Field("", description="Colon-separated folders that `models:` references may name")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 takes a free port")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(0, ge=0, description="Threads of one merge; 0: every core")
+    lease_seconds: float = Field(60.0, gt=0, description="How long a silent worker keeps its job")
+    max_attempts: int = Field(3, ge=1)
+    janitor_seconds: float = Field(0.0, ge=0, description="Between janitor rounds; 0: half a lease, at most 10 s")
+    max_body_bytes: int = Field(2_000_000, ge=1000, description="Largest recipe or envelope accepted")
+    max_upload_bytes: int = Field(20_000_000_000, ge=1)
+    queue: str = Field("default", description="The queue this worker serves")
+
+    @property
+    def root(self) -> Path:
+        return self.data_dir.absolute()
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.root / 'mergeyard.sqlite3'}"
+
+    @property
+    def broker(self) -> str:
+        return self.broker_url or f"redis+socket://{self.root / 'valkey.sock'}"
+
+    @property
+    def artifacts(self) -> Path:
+        return Path(self.artifact_store) if self.artifact_store else self.root / "artifacts"
+
+    @property
+    def uploads(self) -> Path:
+        return self.root / "uploads"
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        return tuple(Path(part) for part in self.model_roots.split(":") if part)
+
+    @property
+    def janitor_interval(self) -> float:
+        return self.janitor_seconds or min(10.0, self.lease_seconds / 2)

@@ -1,0 +1,1 @@
+"""The article's scenario made real: two adapters of one small language model, merged through the service."""

@@ -1,0 +1,116 @@
+"""The one signature of the kernel rooms: ``reference`` (plain torch, the oracle), ``cpu`` (Numba), later ``cuda``.
+
+All work is on blocks: whole rows of one tensor, flattened to n contiguous values, cut the same way whatever the
+number of threads. A call is single-threaded and releases the GIL; the engine runs many blocks side by side. Values
+per parameter are always combined in the order of the sources, in float32, so every room gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+COARSE_BINS = 1 << 15  # magnitude bits 30..16 of a float32
+FINE_BINS = 1 << 16  # bits 15..0
+
+Elect = Literal["none", "mass", "count", "unanimous", "quorum"]
+Divisor = Literal["none", "agreeing", "agreeing_weights", "sources", "weights"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trim:
+    """What survives in one block of one source: |δ| above ``threshold``, and the first ``equals`` of those equal to it.
+
+    ``threshold`` is the float32 magnitude as its 31 bits (so denormals compare exactly); -1 keeps everything.
+    ``equals`` counts in flat order within the block: the lowest flat index wins (merging-maths.md).
+    ``rescale`` multiplies the survivors (1.0: as they are).
+    """
+
+    threshold: int = -1
+    equals: int = 0
+    rescale: float = 1.0
+
+
+KEEP_ALL = Trim()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How kept values of one parameter become one: result = ``base``·base + ``scale``·merged.
+
+    ``elect``: ``none`` sums all; ``mass`` elects the sign of the sum; ``count`` the sign more sources hold;
+    ``unanimous`` needs all ``sources`` non-zero with one sign, else 0; ``quorum`` as count, provided at least
+    ``required`` sources hold it, else 0. A zero sum or an even count elects ``zero_sign``.
+    ``weigh_votes``: weights multiply before the election, else after it.
+    Only values of the elected sign are summed; ``divisor``: ``none``; ``agreeing`` (their count), ``agreeing_weights``
+    (the sum of their weights; below 1e-8 in magnitude: 1), ``sources`` (the number ``sources``), ``weights`` (the sum of all
+    weights, for elect none; below 1e-8 in magnitude: 1). An empty sum is 0 whatever the divisor.
+    """
+
+    base: float = 1.0
+    scale: float = 1.0
+    elect: Elect = "none"
+    weigh_votes: bool = True
+    divisor: Divisor = "none"
+    zero_sign: Literal[1, -1] = 1
+    required: int = 0
+    sources: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockStatistics:
+    """Counts over one block. ``kept`` and ``squares`` (Σδ² before the trim, float64) are per source;
+
+    ``active``: parameters with at least one kept non-zero value; ``conflicts``: those where kept values (times their
+    weight) have both signs; ``merged_square``: Σ (result - base)² in float32 values summed in float64, before the cast;
+    ``finite``: every result is finite, after the cast.
+    """
+
+    kept: tuple[int, ...]
+    squares: tuple[float, ...]
+    active: int
+    conflicts: int
+    merged_square: float
+    finite: bool
+
+
+class Kernels(Protocol):
+    """``delta``: float32 (n,), contiguous. ``deltas``: float32 (N, n), rows contiguous. Nothing is kept between calls."""
+
+    name: str
+
+    def histogram(self, delta: torch.Tensor, counts: torch.Tensor, prefix: int | None) -> None:
+        """Add the block to ``counts`` (int64): coarse bins of all values, or fine bins of those whose coarse bin is ``prefix``."""
+        ...
+
+    def count_equal(self, delta: torch.Tensor, threshold: int) -> int:
+        """How many magnitudes equal ``threshold`` exactly."""
+        ...
+
+    def kept_l1(self, delta: torch.Tensor, trim: Trim) -> float:
+        """Σ|δ| of what ``trim`` keeps (``rescale`` not applied), summed in float64."""
+        ...
+
+    def elected_balance(
+        self, deltas: torch.Tensor, trims: Sequence[Trim], weights: Sequence[float], rule: Rule
+    ) -> int:
+        """Σ of the elected signs (+1, -1, and 0 where the sum is zero): the paper's global majority, block by block."""
+        ...
+
+    def merge(
+        self,
+        base: torch.Tensor,
+        deltas: torch.Tensor,
+        trims: Sequence[Trim],
+        weights: Sequence[float],
+        rule: Rule,
+        out: torch.Tensor,
+    ) -> BlockStatistics:
+        """Trim, elect, merge, scale, add, cast into ``out``.
+
+        ``base`` (n,) and ``out`` (n,): float32, float16 or bfloat16, rounded to nearest even.
+        """
+        ...
