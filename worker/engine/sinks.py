@@ -1,0 +1,211 @@
+"""Where a merge's files go: the Sink protocol the engine writes to, and the sink of a local folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from app.artifacts.manifest import StoredFile, TensorStatistics
+from app.errors import MergeyardError
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class FileWriter(Protocol):
+    """One file on its way. Either ``finish`` or ``abort`` is called, once, and nothing after it."""
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes. The buffer is used again by the caller as soon as this returns."""
+        ...
+
+    def finish(self) -> StoredFile:
+        """Make the file durable and name it, with the digest made while writing."""
+        ...
+
+    def abort(self) -> None:
+        """Forget the file; nothing of it stays. Never raises."""
+        ...
+
+
+class Sink(Protocol):
+    """Takes the files of one merge. Calls never overlap, but come from two threads: ``create``, ``remember`` and the
+    FileWriter's from the engine's writer, ``adopt`` and ``recall`` (before any file is created) from the caller's.
+
+    An OSError that means "no space" may pass through; the engine turns it into ``disk_full``.
+    """
+
+    def adopt(self, filename: str) -> StoredFile | None:
+        """The weight file an earlier attempt finished, if its digest still holds; else None and it is made anew."""
+        ...
+
+    def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:
+        """What ``remember`` was told of a file by an earlier attempt; None makes the engine merge it again."""
+        ...
+
+    def create(self, filename: str, size: int) -> FileWriter:
+        """Begin a file of exactly ``size`` bytes."""
+        ...
+
+    def remember(self, filename: str, statistics: Mapping[str, TensorStatistics]) -> None:
+        """Keep the statistics of a weight file, so that a retry may adopt it. Called just before its ``finish``."""
+        ...
+
+
+def statistics_as_json(statistics: Mapping[str, TensorStatistics]) -> dict[str, Any]:
+    """JSON-ready form of what ``remember`` is given; ``statistics_from_json`` turns it back, bit for bit."""
+    return {
+        name: {
+            "sources": list(value.sources),
+            "trimmed": list(value.trimmed),
+            "sign_conflict": value.sign_conflict,
+            "source_norms": list(value.source_norms),
+            "merged_norm": value.merged_norm,
+            "parameters": value.parameters,
+        }
+        for name, value in statistics.items()
+    }
+
+
+def statistics_from_json(value: Mapping[str, Any]) -> dict[str, TensorStatistics]:
+    """The inverse of ``statistics_as_json``. Raises KeyError or TypeError where the value is something else."""
+    return {
+        name: TensorStatistics(
+            sources=tuple(entry["sources"]),
+            trimmed=tuple(entry["trimmed"]),
+            sign_conflict=entry["sign_conflict"],
+            source_norms=tuple(entry["source_norms"]),
+            merged_norm=entry["merged_norm"],
+            parameters=entry["parameters"],
+        )
+        for name, entry in value.items()
+    }
+
+
+class FolderSink:
+    """Writes into a hidden folder beside ``out`` which becomes ``out`` in one rename: nothing half-written is visible.
+
+    Use as a context manager: leaving it without ``publish`` (or by an exception) removes everything.
+    Raises ``output_exists`` where ``out`` is there already and is not an empty folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out.absolute()
+        self._refuse_existing()
+        self._folder = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.part"
+        self._made: list[Path] = []
+
+    def __enter__(self) -> FolderSink:
+        missing = [parent for parent in self.out.parents if not parent.exists()]
+        self._made = missing
+        self._folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """After ``publish`` there is nothing left to remove."""
+        if self._folder.exists():
+            shutil.rmtree(self._folder, ignore_errors=True)
+            for parent in self._made:
+                with contextlib.suppress(OSError):  # somebody else may use it by now
+                    parent.rmdir()
+
+    def publish(self) -> None:
+        """Make the folder visible under its name. The rename replaces an empty folder and refuses any other."""
+        _sync(self._folder)
+        try:
+            self._folder.rename(self.out)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise self._exists() from error
+            raise
+        _sync(self.out.parent)
+
+    def adopt(self, filename: str) -> StoredFile | None:
+        return None
+
+    def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:
+        return None
+
+    def remember(self, filename: str, statistics: Mapping[str, TensorStatistics]) -> None:
+        return None
+
+    def create(self, filename: str, size: int) -> FileWriter:
+        return LocalFile(self._folder / filename, name=filename, size=size)
+
+    def _refuse_existing(self) -> None:
+        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
+            raise self._exists()
+        if self.out.is_dir() and any(self.out.iterdir()):
+            raise self._exists()
+
+    def _exists(self) -> MergeyardError:
+        return MergeyardError(
+            "output_exists",
+            f"{self.out} already exists and is not an empty folder; remove it or name another.",
+        )
+
+
+class LocalFile:
+    """A file of ``size`` bytes, hashed while it is written. Space is reserved first, so a full disk shows at once."""
+
+    def __init__(self, path: Path, *, name: str, size: int) -> None:
+        self._path, self._name, self._size = path, name, size
+        self._written = 0
+        self._digest = hashlib.sha256()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            _reserve(self._descriptor, size)
+        except OSError:
+            self.abort()
+            raise
+
+    def write(self, data: memoryview) -> None:
+        self._digest.update(data)
+        for part in _written(self._descriptor, data):
+            self._written += part
+
+    def finish(self) -> StoredFile:
+        if self._written != self._size:
+            raise ValueError(f"{self._name}: {self._written} bytes written, {self._size} announced")
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+        return StoredFile(name=self._name, key=self._name, size=self._size, sha256=self._digest.hexdigest())
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+        self._path.unlink(missing_ok=True)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if size == 0:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not every file system can
+            raise
+
+
+def _written(descriptor: int, data: memoryview) -> Iterator[int]:
+    """Write all of ``data``, yielding the size of each part: a write may take less than it is given."""
+    rest = data.cast("B")
+    while len(rest):
+        count = os.write(descriptor, rest)
+        rest = rest[count:]
+        yield count
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
