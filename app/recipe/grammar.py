@@ -1,0 +1,71 @@
+"""The recipe as a frozen value. Its structure is checked here, its parameters against the method's own in ``parse``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
+DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours → safetensors'
+OutDtype = Literal["float32", "float16", "bfloat16"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceEntry(_Strict):
+    """One entry of ``models``: a full ``model`` (or ``base+adapter``), or an ``adapter`` on the base."""
+
+    model: str | None = Field(None, description="A fine-tuned model, or base+adapter as in mergekit")
+    adapter: str | None = Field(None, description="A PEFT adapter trained on the base model")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="This source's own parameters")
+
+
+class Output(_Strict):
+    """What is written: a checkpoint in shards of at most ``max_shard_size``."""
+
+    kind: Literal["checkpoint", "adapter"] = "checkpoint"
+    max_shard_size: int | str = Field("5GB", description="Bytes, or a number with KB, MB, GB")
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size(cls, value: int | str) -> int | str:
+        if shard_bytes(value) < 1:
+            raise ValueError("must be at least one byte")
+        return value
+
+
+class Recipe(_Strict):
+    """A whole recipe. Unknown keys are refused; what a later version will do is refused by name."""
+
+    base_model: str | None = Field(None, description="The model the sources were fine-tuned from")
+    merge_method: str = Field(description="linear, task_arithmetic or ties")
+    models: tuple[SourceEntry, ...] = Field((), description="What to merge, in order")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of the whole merge")
+    dtype: OutDtype | None = Field(None, description="mergekit's name for out_dtype; arithmetic is float32 always")
+    out_dtype: OutDtype | None = Field(None, description="Type of the files; default: each tensor's own")
+    output: Output = Output()
+    tokenizer_source: Literal["base"] | None = Field(None, description="The tokenizer is the base model's")
+    name: str | None = Field(None, description="A name for people")
+
+    @property
+    def file_dtype(self) -> str | None:
+        """The safetensors dtype every floating tensor is cast to, or None to keep the base's."""
+        wanted = self.out_dtype or self.dtype
+        return DTYPES[wanted] if wanted else None
+
+
+def shard_bytes(size: int | str) -> int:
+    """``5GB`` → 5·10⁹ (decimal, as transformers reads it), ``1GiB`` → 2³⁰. Raises ValueError on anything else."""
+    if isinstance(size, int):
+        return size
+    match = SIZE.match(size)
+    if not match:
+        raise ValueError(f"{size!r} is not a size; write bytes, or a number with KB, MB or GB")
+    number, unit, binary = match.groups()
+    step = 1024 if binary else 1000
+    return int(float(number) * step ** " KMGT".index(unit.upper() or " "))

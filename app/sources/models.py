@@ -1,0 +1,111 @@
+"""A folder of files → ModelSource: single-file and sharded checkpoints in safetensors, and what travels with them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from app import strict_json
+from app.errors import MergeyardError
+from app.sources.safetensors import read_header
+from app.sources.source import ModelSource, SourceFile, TensorSpec
+
+MAX_JSON_BYTES = 50_000_000  # the largest tokenizer.json seen is about 35 MB
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Files that belong to a model and are data: never code, never weights.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+    "processor_config.json", "config_sentence_transformers.json", "modules.json", "LICENSE", "NOTICE",
+)  # fmt: skip
+
+
+def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
+    """Read a model's headers and configs. ``files`` maps names inside the model to real paths.
+
+    Raises:
+        MergeyardError: `source_not_found` (no weights, no config, a missing shard), `pickle_refused`,
+            `source_format`, `adapter_unsupported` never; an adapter folder is `reference_invalid`.
+    """
+    if "adapter_config.json" in files and "config.json" not in files:
+        raise MergeyardError(
+            "reference_invalid", f"{reference} is an adapter; name it under `adapter:` or as base+adapter"
+        )
+    if "config.json" not in files:
+        raise MergeyardError("source_not_found", f"{reference} has no config.json; it is not a model folder")
+    config = read_json(files["config.json"], reference)
+    if config.get("quantization_config"):
+        message = f"{reference} is quantised; merge into the unquantised weights and quantise the result"
+        raise MergeyardError("not_supported", message)
+    tensors: dict[str, TensorSpec] = {}
+    shards = []
+    for name in _shards(files, reference):
+        header = read_header(files[name])
+        shards.append(header.file)
+        for tensor in header.tensors.values():
+            if tensor.name in tensors:
+                raise MergeyardError("source_format", f"{reference} holds the tensor {tensor.name} twice")
+            tensors[tensor.name] = tensor
+    if not tensors:
+        raise MergeyardError("source_format", f"{reference} holds no tensors")
+    return ModelSource(
+        reference=reference,
+        folder=files["config.json"].parent,
+        tensors=tensors,
+        config=config,
+        files=tuple(shards),
+        companions=tuple(pin(files[name]) for name in COMPANIONS if name in files),
+    )
+
+
+def pin(path: Path) -> SourceFile:
+    """A small file as a SourceFile: its whole digest is its pin."""
+    try:
+        status = path.stat()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise MergeyardError("source_not_found", f"{path.name} cannot be read: {error.strerror}") from None
+    return SourceFile(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns, header_sha256=digest)
+
+
+def read_json(path: Path, reference: str) -> dict[str, Any]:
+    """A JSON object from a source's file. Raises MergeyardError `source_format`, `source_not_found`."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise MergeyardError("source_format", f"{path.name} of {reference} is larger than {MAX_JSON_BYTES} bytes")
+        value = strict_json.loads(path.read_bytes())
+    except OSError as error:
+        message = f"{path.name} of {reference} cannot be read: {error.strerror}"
+        raise MergeyardError("source_not_found", message) from None
+    except ValueError as error:
+        raise MergeyardError("source_format", f"{path.name} of {reference} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise MergeyardError("source_format", f"{path.name} of {reference} is not a JSON object")
+    return value
+
+
+def _shards(files: Mapping[str, Path], reference: str) -> list[str]:
+    """The weight files' names, in the index's order (or the single file)."""
+    if INDEX in files:
+        weight_map = read_json(files[INDEX], reference).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise MergeyardError("source_format", f"{INDEX} of {reference} has no weight_map")
+        names = list(dict.fromkeys(weight_map.values()))
+        missing = [name for name in names if name not in files]
+        if missing:
+            raise MergeyardError("source_not_found", f"{reference} lacks its shard {missing[0]}")
+        return names
+    if "model.safetensors" in files:
+        return ["model.safetensors"]
+    pickles = [name for name in files if name.endswith(PICKLES)]
+    if pickles:
+        message = (
+            f"{reference} has only pickled weights ({pickles[0]}), which can run code when loaded; "
+            "convert them to safetensors"
+        )
+        raise MergeyardError("pickle_refused", message)
+    raise MergeyardError("source_not_found", f"{reference} has no model.safetensors and no {INDEX}")

@@ -1,0 +1,63 @@
+"""References as users write them, in canonical form.
+
+``models:PATH`` below a root, ``upload:sha256-…``, ``merge:ID``, and a bare path as in a mergekit YAML. ``hf:`` and
+``s3:`` are known and not served yet.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from app.errors import MergeyardError
+
+Scheme = Literal["models", "upload", "merge", "bare"]
+UPLOAD = re.compile(r"sha256-[0-9a-f]{64}")
+MERGE_ID = re.compile(r"[\w.-]{1,96}", re.ASCII)
+MAX_LENGTH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """``scheme`` and what follows it; ``str()`` gives the canonical form."""
+
+    scheme: Scheme
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.scheme == "bare" else f"{self.scheme}:{self.name}"
+
+
+def parse_reference(text: str) -> Reference:
+    """Raises MergeyardError `reference_invalid`, `not_supported`."""
+    if not text or len(text) > MAX_LENGTH or not text.isprintable():
+        raise MergeyardError("reference_invalid", "A reference is a name of at most 1000 printable characters")
+    scheme, colon, name = text.partition(":")
+    if colon and scheme in ("hf", "s3"):
+        message = f"{scheme}: references are not supported yet; put the files below a model root or upload them"
+        raise MergeyardError("not_supported", message)
+    if not colon or "/" in scheme:
+        return Reference("bare", text)
+    match scheme:
+        case "models":
+            if not name:
+                raise MergeyardError("reference_invalid", "`models:` needs a path below a model root")
+            return Reference("models", name)
+        case "upload":
+            if not UPLOAD.fullmatch(name):
+                message = f"{text[:80]} is not an upload; POST /uploads answers upload:sha256-<64 hex digits>"
+                raise MergeyardError("reference_invalid", message)
+            return Reference("upload", name)
+        case "merge":
+            if not MERGE_ID.fullmatch(name):
+                raise MergeyardError("reference_invalid", f"{text[:80]} is not the id of a merge")
+            return Reference("merge", name)
+    message = f"{scheme[:20]}: is not a kind of reference; use models:PATH, upload:DIGEST or merge:ID"
+    raise MergeyardError("reference_invalid", message)
+
+
+def split_adapter(text: str) -> tuple[str, str | None]:
+    """mergekit's ``base+adapter`` → (base, adapter); without a plus sign (text, None)."""
+    model, plus, adapter = text.partition("+")
+    return (model, adapter) if plus and model and adapter else (text, None)

@@ -1,0 +1,115 @@
+"""A reference → the files it names, never outside what the operator allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import MergeyardError
+from app.sources.adapters import load_adapter
+from app.sources.models import load_model
+from app.sources.references import Reference, parse_reference
+from app.sources.source import AdapterSource, ModelSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedFiles:
+    """A published merge's files: names users see → real paths."""
+
+    files: Mapping[str, Path]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolver:
+    """Where references lead.
+
+    ``roots`` are the allow-listed folders; ``uploads`` the content-addressed store; ``merges`` finds a published merge
+    by id, or raises `source_not_found`; ``local`` (only for local commands, never the service) lets bare references be
+    plain paths, absolute or relative to that folder.
+    """
+
+    roots: Sequence[Path] = ()
+    uploads: Path | None = None
+    merges: Callable[[str], MergedFiles] | None = None
+    local: Path | None = None
+
+    def model(self, text: str) -> ModelSource:
+        """A full model. Raises MergeyardError as `canonical` and `load_model` do."""
+        reference, files = self._files(text)
+        return load_model(files, str(reference))
+
+    def adapter(self, text: str) -> AdapterSource:
+        """A PEFT adapter. Raises MergeyardError as `canonical` and `load_adapter` do."""
+        reference, files = self._files(text)
+        return load_adapter(files, str(reference))
+
+    def canonical(self, text: str) -> str:
+        """The canonical form of a reference that exists (two spellings of one source become equal).
+
+        Raises:
+            MergeyardError: `reference_invalid`, `not_supported`, `path_outside_roots`, `source_not_found`.
+        """
+        return str(self._files(text)[0])
+
+    def _files(self, text: str) -> tuple[Reference, Mapping[str, Path]]:
+        reference = parse_reference(text)
+        match reference.scheme:
+            case "upload":
+                folder = self.uploads / reference.name.removeprefix("sha256-") if self.uploads else None
+                if folder is None or not folder.is_dir():
+                    raise MergeyardError("source_not_found", f"{text} does not exist; upload the files again")
+                return reference, list_files(folder, within=folder)
+            case "merge":
+                if self.merges is None:
+                    raise MergeyardError("source_not_found", f"{text} can be used through the service only")
+                return reference, self.merges(reference.name).files
+            case "models":
+                return self._below_roots(reference.name, text)
+            case "bare":
+                if self.local is not None and (folder := self.local / reference.name).is_dir():
+                    return reference, list_files(folder)
+                return self._below_roots(reference.name, text)
+
+    def _below_roots(self, path: str, text: str) -> tuple[Reference, Mapping[str, Path]]:
+        """The first root that holds ``path``. What leads outside a root, by .. or by a link, is refused."""
+        if not self.roots:
+            message = f"{text} cannot be looked up: the service has no model roots (MERGEYARD_MODEL_ROOTS)"
+            raise MergeyardError("source_not_found", message)
+        escaped = Path(path).is_absolute() or ".." in Path(path).parts
+        for root in [] if escaped else self.roots:
+            try:
+                real_root = root.resolve()
+                folder = (real_root / path).resolve()
+            except (OSError, RuntimeError, ValueError):
+                continue  # a loop of links, or a name this file system cannot have
+            if not folder.is_relative_to(real_root):
+                escaped = True
+            elif folder.is_dir():
+                name = folder.relative_to(real_root).as_posix()
+                return Reference("models", name), list_files(folder, within=real_root)
+        if escaped:
+            message = f"{text} leads outside the model roots; name a folder below one of them"
+            raise MergeyardError("path_outside_roots", message)
+        message = f"{text} is not below any model root; GET /sources lists what is there"
+        raise MergeyardError("source_not_found", message)
+
+
+def list_files(folder: Path, within: Path | None = None) -> dict[str, Path]:
+    """The regular files directly in a folder, by name, with their real paths.
+
+    ``within`` refuses links that lead outside it (`path_outside_roots`).
+    """
+    files = {}
+    for entry in sorted(folder.iterdir()):
+        try:
+            real = entry.resolve()
+        except (OSError, RuntimeError):
+            continue
+        if not real.is_file():
+            continue
+        if within is not None and not real.is_relative_to(within.resolve()):
+            message = f"{entry.name} in {folder.name} is a link that leads outside the model roots"
+            raise MergeyardError("path_outside_roots", message)
+        files[entry.name] = real
+    return files

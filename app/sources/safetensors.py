@@ -1,0 +1,120 @@
+"""safetensors headers, read without trusting them: no weights, no torch, bounded memory.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app import strict_json
+from app.errors import MergeyardError
+from app.sources.source import SourceFile, TensorSpec
+
+MAX_HEADER_BYTES = 25_000_000
+MAX_DIMENSIONS = 8
+DTYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+FLOATS = frozenset({"F16", "BF16", "F32", "F64"})  # what a merge can compute with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """A checked header: tensors in file order, the metadata, and the file it belongs to."""
+
+    file: SourceFile
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check one file's header.
+
+    Raises:
+        MergeyardError: `source_format` where lengths, offsets, dtypes, shapes or sizes do not add up;
+            `source_not_found` where the file is missing.
+    """
+    try:
+        with path.open("rb") as stream:
+            status = path.stat()
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8:
+                raise _bad(path, "it is too short to be a safetensors file")
+            if length > MAX_HEADER_BYTES:
+                raise _bad(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
+            text = stream.read(length)
+    except OSError as error:
+        raise MergeyardError("source_not_found", f"{path.name} cannot be read: {error.strerror}") from None
+    if len(text) < length or length < 2:
+        raise _bad(path, "it ends inside its header; it is truncated")
+    try:
+        raw = strict_json.loads(text)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise _bad(path, f"its header is not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise _bad(path, "its header is not a JSON object")
+    file = SourceFile(
+        path=path,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        header_sha256=hashlib.sha256(prefix + text).hexdigest(),
+    )
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _bad(path, "its metadata is not a map of strings")
+    tensors = sorted(
+        (_tensor(file, name, entry, data_start=8 + length) for name, entry in raw.items()),
+        key=lambda tensor: (tensor.offset, tensor.nbytes, tensor.name),
+    )
+    _check_layout(file, tensors, data_start=8 + length)
+    return Header(file=file, tensors={tensor.name: tensor for tensor in tensors}, metadata=metadata)
+
+
+def _tensor(file: SourceFile, name: str, entry: Any, *, data_start: int) -> TensorSpec:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(file.path, f"the entry of {name!r} is not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise _bad(file.path, f"{name!r} has the dtype {str(dtype)[:20]!r}, which is not accepted")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_size(item) for item in shape):
+        raise _bad(file.path, f"the shape of {name!r} is not a list of at most {MAX_DIMENSIONS} sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_size(item) for item in offsets):
+        raise _bad(file.path, f"the offsets of {name!r} are not two positions")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise _bad(file.path, f"{name!r} has {end - begin} bytes, its shape and dtype need another number")
+    return TensorSpec(
+        name=name, dtype=dtype, shape=tuple(shape), file=file, offset=data_start + begin, nbytes=end - begin
+    )
+
+
+def _check_layout(file: SourceFile, tensors: list[TensorSpec], *, data_start: int) -> None:
+    expected = data_start
+    for tensor in tensors:
+        if tensor.offset < expected:
+            raise _bad(file.path, f"{tensor.name!r} overlaps the tensor before it")
+        if tensor.offset > expected:
+            raise _bad(file.path, f"there is a gap before {tensor.name!r}")
+        expected += tensor.nbytes
+    if file.size < expected:
+        raise _bad(
+            file.path, f"it has {file.size} bytes and its header needs {expected}; it is truncated, fetch it again"
+        )
+    if file.size > expected:
+        raise _bad(file.path, f"{file.size - expected} bytes follow its last tensor")
+
+
+def _size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
+
+
+def _bad(path: Path, what: str) -> MergeyardError:
+    return MergeyardError("source_format", f"{path.name} is not an acceptable safetensors file: {what}.")

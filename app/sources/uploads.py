@@ -1,0 +1,127 @@
+"""Uploads: models and adapters sent over HTTP, checked on arrival, kept by the digest of their contents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import MergeyardError
+from app.sources.adapters import CONFIG as ADAPTER_CONFIG
+from app.sources.adapters import load_adapter
+from app.sources.models import COMPANIONS, INDEX, PICKLES, load_model
+from app.sources.resolver import list_files
+
+STAGING = ".staging-"
+SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,120}", re.ASCII)
+ALLOWED = frozenset({"config.json", ADAPTER_CONFIG, INDEX, "README.md", *COMPANIONS})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadedFile:
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """A finished upload. ``kind`` is ``model`` or ``adapter``; ``created`` is False where the same bytes were there."""
+
+    reference: str
+    kind: str
+    files: tuple[UploadedFile, ...]
+    created: bool
+
+
+class UploadStore:
+    """A folder of uploads, each in a folder named by its digest: sha256 over its sorted lines ``sha256  name``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self) -> UploadDraft:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        staging = self.folder / f"{STAGING}{secrets.token_hex(8)}"
+        staging.mkdir()
+        return UploadDraft(self.folder, staging)
+
+
+class UploadDraft:
+    """Files on their way in. Nothing can be referred to before ``commit``; ``discard`` leaves nothing behind."""
+
+    def __init__(self, folder: Path, staging: Path) -> None:
+        self._folder = folder
+        self._staging = staging
+        self._files: dict[str, UploadedFile] = {}
+
+    def add(self, name: str, chunks: Iterable[bytes]) -> UploadedFile:
+        """Store one file.
+
+        Raises:
+            MergeyardError: `pickle_refused`, `request_invalid` (a name twice, a path, a kind that is not taken), `disk_full`.
+        """
+        if name.endswith(PICKLES):
+            message = f"{name[-80:]} is a pickle, which can run code when loaded; send safetensors"
+            raise MergeyardError("pickle_refused", message, where=name[-80:])
+        if not SAFE_NAME.fullmatch(name) or not (name in ALLOWED or name.endswith(".safetensors")):
+            message = (
+                f"{name[-80:]!r} is not taken: send plain file names of safetensors, config, tokenizer and index files"
+            )
+            raise MergeyardError("request_invalid", message, where=name[-80:])
+        if name in self._files:
+            raise MergeyardError("request_invalid", f"{name} was sent twice", where=name)
+        digest, size = hashlib.sha256(), 0
+        try:
+            with (self._staging / name).open("xb") as stream:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
+                    stream.write(chunk)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise MergeyardError("disk_full", f"{name} could not be stored: {error.strerror}") from None
+        self._files[name] = UploadedFile(name=name, size=size, sha256=digest.hexdigest())
+        return self._files[name]
+
+    def commit(self) -> Upload:
+        """Check what arrived as a model or an adapter and give it its reference.
+
+        Raises:
+            MergeyardError: `request_invalid` when empty, and whatever `load_model` or `load_adapter` find.
+        """
+        if not self._files:
+            raise MergeyardError("request_invalid", "The upload has no files; send them as multipart form data")
+        listing = list_files(self._staging, within=self._staging)
+        kind = "adapter" if ADAPTER_CONFIG in listing else "model"
+        if kind == "adapter":
+            load_adapter(listing, "the upload")
+        else:
+            load_model(listing, "the upload")
+        lines = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(self._files.items()))
+        digest = hashlib.sha256(lines.encode()).hexdigest()
+        target = self._folder / digest
+        created = True
+        try:
+            self._staging.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            created = False  # the same bytes are there already
+            self.discard()
+        return Upload(
+            reference=f"upload:sha256-{digest}",
+            kind=kind,
+            files=tuple(self._files[name] for name in sorted(self._files)),
+            created=created,
+        )
+
+    def discard(self) -> None:
+        """Remove the staged files; safe to call at any time."""
+        shutil.rmtree(self._staging, ignore_errors=True)
