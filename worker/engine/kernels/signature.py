@@ -1,8 +1,8 @@
-"""The one signature of the kernel rooms: ``reference`` (plain torch, the oracle), ``cpu`` (Numba), later ``cuda``.
+"""The one signature of the kernel rooms: ``reference`` (plain torch, the oracle) and ``cpu`` (Numba).
 
-All work is on blocks: whole rows of one tensor, flattened to n contiguous values, cut the same way whatever the
-number of threads. A call is single-threaded and releases the GIL; the engine runs many blocks side by side. Values
-per parameter are always combined in the order of the sources, in float32, so every room gives the same numbers.
+All work is on blocks: whole rows of one tensor, flattened to n contiguous values, cut the same way whatever
+the number of threads. A call is single-threaded; the engine runs many blocks side by side. Values per parameter
+are always combined in the order of the sources, in float32, so every room gives the same numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 
 COARSE_BINS = 1 << 15  # magnitude bits 30..16 of a float32
 FINE_BINS = 1 << 16  # bits 15..0
+# Float64 sums: value i goes to lane i % LANES in flat order, then the lanes in order: every room rounds alike.
+LANES = 1024
+SMALLEST_DIVISOR = 1e-8  # a sum of weights nearer to zero divides by 1 instead (mergekit's rule)
 
 Elect = Literal["none", "mass", "count", "unanimous", "quorum"]
 Divisor = Literal["none", "agreeing", "agreeing_weights", "sources", "weights"]
@@ -22,7 +25,7 @@ Divisor = Literal["none", "agreeing", "agreeing_weights", "sources", "weights"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trim:
-    """What survives in one block of one source: |δ| above ``threshold``, and the first ``equals`` of those equal to it.
+    """What survives in one block of one source: |δ| above ``threshold``, and the first ``equals`` at it.
 
     ``threshold`` is the float32 magnitude as its 31 bits (so denormals compare exactly); -1 keeps everything.
     ``equals`` counts in flat order within the block: the lowest flat index wins (merging-maths.md).
@@ -35,6 +38,7 @@ class Trim:
 
 
 KEEP_ALL = Trim()
+KEEP_NONE = Trim(threshold=0x7FFF_FFFF)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +49,10 @@ class Rule:
     ``unanimous`` needs all ``sources`` non-zero with one sign, else 0; ``quorum`` as count, provided at least
     ``required`` sources hold it, else 0. A zero sum or an even count elects ``zero_sign``.
     ``weigh_votes``: weights multiply before the election, else after it.
-    Only values of the elected sign are summed; ``divisor``: ``none``; ``agreeing`` (their count), ``agreeing_weights``
-    (the sum of their weights; below 1e-8 in magnitude: 1), ``sources`` (the number ``sources``), ``weights`` (the sum of all
-    weights, for elect none; below 1e-8 in magnitude: 1). An empty sum is 0 whatever the divisor.
+    Only values of the elected sign are summed; with ``elect`` none, all that are not zero.
+    ``divisor``: ``none``; ``agreeing`` (the number of values summed), ``agreeing_weights`` (the sum of their
+    weights), ``sources`` (the number ``sources``), ``weights`` (the sum of all weights). One below
+    ``SMALLEST_DIVISOR`` in magnitude counts as 1, so an empty sum is 0 whatever the divisor.
     """
 
     base: float = 1.0
@@ -62,11 +67,14 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockStatistics:
-    """Counts over one block. ``kept`` and ``squares`` (Σδ² before the trim, float64) are per source;
+    """Counts over one block. ``kept`` and ``squares`` (Σδ² before the trim, float64) are per source.
 
-    ``active``: parameters with at least one kept non-zero value; ``conflicts``: those where kept values (times their
-    weight) have both signs; ``merged_square``: Σ (result - base)² in float32 values summed in float64, before the cast;
-    ``finite``: every result is finite, after the cast.
+    ``active``: parameters with at least one kept non-zero value; ``conflicts``: those where kept values
+    (times their weight) have both signs; ``merged_square``: Σ (result - base)² in float32 values summed in float64,
+    before the cast; ``finite``: every result is finite, after the cast.
+
+    A square that is not finite says that the source's δ holds NaN or infinity, and only that: float64 has
+    room for the squares of float32. Look there too, for an election passes a NaN over and its result is finite.
     """
 
     kept: tuple[int, ...]
@@ -78,12 +86,19 @@ class BlockStatistics:
 
 
 class Kernels(Protocol):
-    """``delta``: float32 (n,), contiguous. ``deltas``: float32 (N, n), rows contiguous. Nothing is kept between calls."""
+    """``delta``: float32 (n,), contiguous. ``deltas``: float32 (N, n), N ≥ 1, each row contiguous.
+
+    Nothing is kept between calls.
+    """
 
     name: str
 
     def histogram(self, delta: torch.Tensor, counts: torch.Tensor, prefix: int | None) -> None:
-        """Add the block to ``counts`` (int64): coarse bins of all values, or fine bins of those whose coarse bin is ``prefix``."""
+        """Add the block to ``counts`` (int64).
+
+        (``COARSE_BINS``,) of all values where ``prefix`` is None, else (``FINE_BINS``,) of those whose coarse
+        bin is ``prefix``.
+        """
         ...
 
     def count_equal(self, delta: torch.Tensor, threshold: int) -> int:
@@ -97,10 +112,10 @@ class Kernels(Protocol):
     def elected_balance(
         self, deltas: torch.Tensor, trims: Sequence[Trim], weights: Sequence[float], rule: Rule
     ) -> int:
-        """Σ of the elected signs (+1, -1, and 0 where the sum is zero): the paper's global majority, block by block."""
+        """Σ of the elected signs (+1, -1, and 0 where the vote is even): the paper's majority, by block."""
         ...
 
-    def merge(
+    def merge(  # noqa: PLR0917
         self,
         base: torch.Tensor,
         deltas: torch.Tensor,
