@@ -1,0 +1,1 @@
+"""Recipe + sources → plan."""

@@ -65,7 +65,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSource:
-    """A source as the plan uses it. ``role`` is ``base``, ``model`` or ``adapter``; ``files`` are hashed by the worker."""
+    """A source as the plan uses it. ``role`` is ``base``, ``model`` or ``adapter``; the worker hashes ``files``."""
 
     reference: str
     role: str
@@ -90,10 +90,11 @@ class Plan:
 
     ``method`` is the merge method; ``sources`` are the recipe's sources in order (the base is not one of them,
     unless the method counts it); ``base`` is the model whose files and config the result takes.
-    ``companions`` are copied as they are (``config`` is written anew, see ``config``).
+    ``companions`` are copied as they are; ``documents`` are JSON files written anew: ``config.json`` (with the output's
+    dtype, without ``auto_map``) and any companion that named code to run.
     ``recipe`` is the resolved recipe: every reference canonical, every default written out; JSON-ready.
-    ``digest`` is a sha256 over the resolved recipe, the pins of every file and the engine's version; ``fingerprint``
-    is the public name of the same value. ``warnings`` are problems that do not stop the merge.
+    ``digest`` is a sha256 over the resolved recipe, the pins of every file and the engine's version, and the merge's
+    fingerprint. ``warnings`` are problems that do not stop the merge.
     """
 
     method: str
@@ -101,7 +102,7 @@ class Plan:
     base: PlannedSource
     sources: tuple[PlannedSource, ...]
     shards: tuple[ShardPlan, ...]
-    config: Mapping[str, Any]
+    documents: Mapping[str, Mapping[str, Any]]
     companions: tuple[SourceFile, ...]
     metadata: Mapping[str, str]  # the safetensors metadata of every output shard
     estimates: Estimates

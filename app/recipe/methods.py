@@ -32,10 +32,16 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodSpec:
-    """A method: its ``parameters``, whether it works on task vectors (and so needs a base), and its source."""
+    """A method: its ``parameters``, and its ``paper``.
+
+    ``needs_base``: it merges task vectors. ``sign_elected``: a source that does not touch a tensor takes no part there;
+    in the others it counts, with δ = 0. ``counts_base``: the base listed among ``models`` is a source like the others.
+    """
 
     parameters: Mapping[str, Parameter]
     needs_base: bool
+    sign_elected: bool
+    counts_base: bool
     paper: str
 
 
@@ -46,8 +52,14 @@ INT8_MASK = Parameter(kind="flag", default=False)  # mergekit's memory saving: a
 
 METHODS: Mapping[str, MethodSpec] = {
     "linear": MethodSpec(
-        parameters={"weight": WEIGHT, "normalize": Parameter(kind="flag", default=True), "int8_mask": INT8_MASK},
+        parameters={
+            "weight": WEIGHT,
+            "normalize": Parameter(kind="flag", default=True),
+            "int8_mask": INT8_MASK,
+        },
         needs_base=False,
+        sign_elected=False,
+        counts_base=True,
         paper="Wortsman et al. 2022, Model soups",
     ),
     "task_arithmetic": MethodSpec(
@@ -58,6 +70,8 @@ METHODS: Mapping[str, MethodSpec] = {
             "int8_mask": INT8_MASK,
         },
         needs_base=True,
+        sign_elected=False,
+        counts_base=False,
         paper="Ilharco et al. 2023, Editing models with task arithmetic",
     ),
     "ties": MethodSpec(
@@ -67,15 +81,15 @@ METHODS: Mapping[str, MethodSpec] = {
             "lambda": LAMBDA,
             "normalize": Parameter(kind="flag", default=True),
             "rescale": Parameter(kind="flag", default=False),
-            "dialect": Parameter(
-                kind="choice", default="mergekit", choices=("mergekit", "paper", "peft", "article")
-            ),
+            "dialect": Parameter(kind="choice", default="mergekit", choices=("mergekit", "paper", "peft", "article")),
             "trim_scope": Parameter(kind="choice", default=None, choices=("tensor", "model")),
             "elect": Parameter(kind="choice", default=None, choices=("mass", "count", "unanimous", "quorum")),
             "quorum": Parameter(kind="number", default=0.5, low=0.0, high=1.0),
             "int8_mask": INT8_MASK,
         },
         needs_base=True,
+        sign_elected=True,
+        counts_base=False,
         paper="Yadav et al. 2023, TIES-Merging: resolving interference when merging models",
     ),
 }

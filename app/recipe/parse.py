@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from app import strict_json
 from app.errors import MergeyardError, Problem
@@ -30,8 +30,29 @@ LATER_KEYS = {
     "pad_to_multiple_of": "leave it out: the vocabulary stays the base model's",
 }
 LATER_METHODS = frozenset(
-    "dare_linear dare_ties breadcrumbs breadcrumbs_ties della della_linear slerp nuslerp multislerp karcher model_stock "
-    "sce nearswap ram ramplus_tl arcee_fusion passthrough core_space tsv iso_c knots".split()
+    [
+        "dare_linear",
+        "dare_ties",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "della",
+        "della_linear",
+        "slerp",
+        "nuslerp",
+        "multislerp",
+        "karcher",
+        "model_stock",
+        "sce",
+        "nearswap",
+        "ram",
+        "ramplus_tl",
+        "arcee_fusion",
+        "passthrough",
+        "core_space",
+        "tsv",
+        "iso_c",
+        "knots",
+    ]
 )
 
 
@@ -100,7 +121,7 @@ def _load(text: str | bytes) -> Any:
                 return strict_json.loads(text)
             except json.JSONDecodeError:
                 pass  # a YAML flow mapping also starts so
-        documents = list(yaml.load_all(text, Loader=_Loader))  # noqa: S506 (a SafeLoader)
+        documents = list(yaml.load_all(text, Loader=_Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -108,7 +129,9 @@ def _load(text: str | bytes) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise MergeyardError("recipe_syntax", f"Not valid YAML: {str(error)[:200]}") from None
     if len(documents) > 1:
-        raise MergeyardError("not_supported", "Several documents in one recipe are not supported yet; send one at a time")
+        raise MergeyardError(
+            "not_supported", "Several documents in one recipe are not supported yet; send one at a time"
+        )
     return documents[0] if documents else None
 
 
@@ -135,10 +158,10 @@ def _structural(error: ValidationError) -> list[Problem]:
     for found in error.errors():
         where = place(found["loc"])
         if found["type"] == "extra_forbidden":
-            fields = {0: Recipe, 1: SourceEntry}.get(len(found["loc"]) // 2, Recipe)
-            if found["loc"][0] == "output":
-                fields = Output
-            problems.append(unknown_key(str(found["loc"][-1]), fields.model_fields, where))
+            inside: type[BaseModel] = Recipe
+            if len(found["loc"]) > 1:
+                inside = Output if found["loc"][0] == "output" else SourceEntry
+            problems.append(unknown_key(str(found["loc"][-1]), inside.model_fields, where))
         elif found["type"] == "missing":
             message = f"`{found['loc'][-1]}` is missing; it is required."
             problems.append(Problem(code="recipe_invalid", message=message, where=where))

@@ -22,10 +22,39 @@ CONFIG = "adapter_config.json"
 
 # Config fields that say nothing about ΔW, or that this module reads.
 KNOWN_FIELDS = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
-    "exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights "
-    "layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core loftq_config eva_config "
-    "corda_config qalora_group_size runtime_config ensure_weight_tying lora_ga_config velora_config".split()
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+        "lora_ga_config",
+        "velora_config",
+    ]
 )
 # Fields that change what the adapter computes: refused by name when set.
 REFUSED_FIELDS: Mapping[str, str] = {
@@ -160,9 +189,7 @@ def _check_saved(saved: Mapping[str, TensorSpec], config: Mapping[str, Any], ref
             raise _invalid(reference, f"the key {name} is neither a factor nor listed in modules_to_save")
 
 
-def _module(
-    name: str, pair: Mapping[str, TensorSpec], config: Mapping[str, Any], reference: str
-) -> LoraModule:
+def _module(name: str, pair: Mapping[str, TensorSpec], config: Mapping[str, Any], reference: str) -> LoraModule:
     if set(pair) != {"A", "B"}:
         missing = "B" if "A" in pair else "A"
         raise _invalid(reference, f"{name} has no lora_{missing}; the adapter is incomplete")

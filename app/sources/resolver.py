@@ -56,10 +56,11 @@ class Resolver:
         reference = parse_reference(text)
         match reference.scheme:
             case "upload":
-                folder = self.uploads / reference.name.removeprefix("sha256-") if self.uploads else None
-                if folder is None or not folder.is_dir():
-                    raise MergeyardError("source_not_found", f"{text} does not exist; upload the files again")
-                return reference, list_files(folder, within=folder)
+                if self.uploads is not None:
+                    upload = self.uploads / reference.name.removeprefix("sha256-")
+                    if upload.is_dir():
+                        return reference, list_files(upload, within=upload)
+                raise MergeyardError("source_not_found", f"{text} does not exist; upload the files again")
             case "merge":
                 if self.merges is None:
                     raise MergeyardError("source_not_found", f"{text} can be used through the service only")

@@ -106,7 +106,8 @@ def _check_layout(file: SourceFile, tensors: list[TensorSpec], *, data_start: in
         expected += tensor.nbytes
     if file.size < expected:
         raise _bad(
-            file.path, f"it has {file.size} bytes and its header needs {expected}; it is truncated, fetch it again"
+            file.path,
+            f"it has {file.size} bytes and its header needs {expected}; it is truncated, fetch it again",
         )
     if file.size > expected:
         raise _bad(file.path, f"{file.size - expected} bytes follow its last tensor")

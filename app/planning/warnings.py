@@ -1,0 +1,39 @@
+"""What a plan warns of: choices that are carried out as asked and that people regret."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from app.errors import Problem
+from app.planning.matching import AdapterMatch
+from app.planning.plan import TensorPlan
+from app.recipe import Recipe
+from app.sources.source import ModelSource
+
+
+def warnings_of(
+    recipe: Recipe, tensors: Sequence[TensorPlan], base: ModelSource, adapters: Sequence[AdapterMatch | None]
+) -> tuple[Problem, ...]:
+    """Warnings, most consequential first."""
+    found = []
+    normalised = any(tensor.parameters.get("normalize") is True for tensor in tensors if tensor.contributions)
+    negative = any(item.parameters["weight"] < 0 for tensor in tensors for item in tensor.contributions)
+    if normalised and negative and recipe.parameters.get("dialect", "mergekit") == "mergekit":
+        message = (
+            "A negative weight with `normalize: true` does not subtract a skill: dividing by the negative sum turns it "
+            "back. Set `normalize: false`."
+        )
+        found.append(Problem(code="parameter_invalid", message=message, where="parameters.normalize"))
+    if not any(tensor.contributions for tensor in tensors):
+        message = "No source changes any tensor; the result is the base."
+        found.append(Problem(code="no_sources", message=message, where="models"))
+    base_name = str(base.config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]
+    for index, adapter in enumerate(adapters):
+        trained_on = str(adapter.source.config.get("base_model_name_or_path") or "") if adapter else ""
+        named = trained_on.rstrip("/").rpartition("/")[2]
+        if named and base_name and named.lower() != base_name.lower():
+            message = (
+                f"The adapter was trained on {named}, the base calls itself {base_name}. The shapes fit; is it right?"
+            )
+            found.append(Problem(code="adapter_mismatch", message=message, where=f"models[{index}]"))
+    return tuple(found)
