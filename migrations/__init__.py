@@ -1,0 +1,1 @@
+"""The schema's history. ``Database.migrate`` runs it; ``mergeyard migrate`` calls that."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -31,7 +31,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One row of ``jobs``. Times are the database's clock, UTC. ``version`` grows with every write (the ETag)."""
+    """One row of ``jobs``. Times are the database's clock, UTC. ``version`` grows with every write (ETag)."""
 
     id: str
     kind: str  # "merge"; later "sweep", "evaluation"
@@ -56,7 +56,12 @@ class Job:
     total_bytes: int
     progress_at: datetime | None
     error: Mapping[str, Any] | None  # {"code","title","message","where","fault","problems"}
-    artifact: Mapping[str, Any] | None  # {"manifest_sha256","manifest_key","size","files":[{"name","key","size","sha256"}]}
+    artifact: (
+        Mapping[str, Any] | None
+    )  # {"manifest_sha256","manifest_key","size","files":[{"name","key","size","sha256"}]}
+    pinned: bool
+    expires_in: int | None  # seconds after publication
+    expires_at: datetime | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -65,10 +70,82 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One append-only row: what happened to a job. ``id`` orders events; ``type`` is stable, ``data`` is JSON."""
+    """One append-only row: what happened to a job. ``id`` orders events, ``type`` is stable, ``data`` JSON."""
 
     id: int
     job_id: str
     type: str
     at: datetime
     data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """What a submission brings; the database gives the rest. ``expires_in``: seconds after publication."""
+
+    recipe: Mapping[str, Any]
+    resolved: Mapping[str, Any]
+    method: str
+    plan_digest: str
+    estimates: Mapping[str, int]
+    warnings: Sequence[Mapping[str, str]] = ()
+    total_bytes: int
+    queue: str = "default"
+    priority: int = 0
+    owner: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    max_attempts: int = 3
+    pinned: bool = False
+    expires_in: int | None = None
+    kind: str = "merge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idempotency:
+    """An ``Idempotency-Key``, unique per ``owner``. ``request_hash`` (sha256 hex) tells requests apart."""
+
+    owner: str
+    key: str
+    request_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Jobs, newest first. ``next_cursor`` is None on the last page."""
+
+    jobs: tuple[Job, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """What a heartbeat brings back."""
+
+    cancel_requested: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ring:
+    """A queued job whose doorbell should be pressed."""
+
+    id: str
+    queue: str
+    priority: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JanitorReport:
+    """One round: the doorbells to press, and the ids that were requeued, failed or closed as cancelled."""
+
+    ring: tuple[Ring, ...]
+    requeued: tuple[str, ...]
+    failed: tuple[str, ...]
+    cancelled: tuple[str, ...]
+
+
+class LeaseLost(Exception):  # noqa: N818 — news, not an error
+    """The lease token no longer holds the job: somebody else owns it. Nothing was written; stop at once."""
+
+
+class CancelRequested(Exception):  # noqa: N818
+    """The job is `cancelling`: it can no longer be published, only confirmed as cancelled."""

@@ -1,0 +1,171 @@
+"""Where artifacts live: a small protocol, and its local folder.
+
+Keys are ``<job>/<attempt token>/<name>``. A file under construction already has its final key: nothing is visible
+before the job's row names it, so no rename is needed and local disk and object storage behave alike.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self
+
+_PART = re.compile(r"[\w.+@ -]+")  # one part of a key; "." and ".." are refused beside it
+_TRASH = ".trash"
+
+
+class StoreWriter(Protocol):
+    """A file under construction. ``close`` makes it durable; leaving the ``with`` block by an error aborts."""
+
+    def write(self, data: bytes | memoryview) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class ArtifactStore(Protocol):
+    """Files by key. A missing key raises FileNotFoundError; a full disk raises OSError with ENOSPC."""
+
+    def create(self, key: str, size: int = 0) -> StoreWriter: ...
+    def open(self, key: str, offset: int = 0) -> BinaryIO: ...
+    def size(self, key: str) -> int: ...
+    def sha256(self, key: str) -> str: ...
+    def keys(self, prefix: str) -> Iterator[str]: ...
+    def delete(self, key: str) -> None: ...
+    def delete_prefix(self, prefix: str, *, keep: Collection[str] = ()) -> None: ...
+
+
+class LocalStore:
+    """An ArtifactStore in ``folder``, which is made when first written to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+
+    def create(self, key: str, size: int = 0) -> LocalWriter:
+        """A new file of about ``size`` bytes; its space is taken at once, so a full disk shows before the work."""
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return LocalWriter(path, self.folder, size)
+
+    def open(self, key: str, offset: int = 0) -> BinaryIO:
+        """The file, to be read from ``offset`` bytes on."""
+        file = self.path(key).open("rb")
+        file.seek(offset)
+        return file
+
+    def path(self, key: str) -> Path:
+        """The file's place. ValueError for a key that could lead anywhere else."""
+        parts = key.split("/")
+        if any(part in (".", "..") or not _PART.fullmatch(part) for part in parts) or parts[0] == _TRASH:
+            raise ValueError(f"not a store key: {key!r}")
+        return self.folder.joinpath(*parts)
+
+    def size(self, key: str) -> int:
+        """In bytes."""
+        return self.path(key).stat().st_size
+
+    def sha256(self, key: str) -> str:
+        """The hex digest of the bytes as they are now."""
+        with self.path(key).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Every key below the folder ``prefix``, in order."""
+        for path in sorted(self.path(prefix).rglob("*")):
+            if not path.is_dir():
+                yield path.relative_to(self.folder).as_posix()
+
+    def delete(self, key: str) -> None:
+        """Delete one file; a missing one is deleted already."""
+        self.path(key).unlink(missing_ok=True)
+
+    def delete_prefix(self, prefix: str, *, keep: Collection[str] = ()) -> None:
+        """Delete the folder ``prefix`` and all below it, but for the keys in ``keep``.
+
+        Without ``keep`` the folder vanishes by one rename, and a crash leaves the rest to the next deletion.
+        """
+        if any(key.startswith(prefix.rstrip("/") + "/") for key in keep):
+            self._thin_out(prefix, set(keep))
+            return
+        trash = self.folder / _TRASH
+        trash.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path(prefix.rstrip("/")).rename(trash / secrets.token_hex(8))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise
+        for leftover in trash.iterdir():  # ours, and what a crash left behind
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _thin_out(self, prefix: str, keep: set[str]) -> None:
+        for key in list(self.keys(prefix)):
+            if key not in keep:
+                self.delete(key)
+        folders = [path for path in self.path(prefix).rglob("*") if path.is_dir()]
+        for folder in sorted(folders, reverse=True):  # the deepest first
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+class LocalWriter:
+    """A StoreWriter on a local file."""
+
+    def __init__(self, path: Path, root: Path, size: int) -> None:
+        self._path = path
+        self._root = root
+        self._written = 0
+        self._file = path.open("xb", buffering=0)
+        try:
+            if size:
+                os.posix_fallocate(self._file.fileno(), 0, size)
+        except OSError:
+            self.abort()
+            raise
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all of ``data``."""
+        rest = memoryview(data).cast("B")
+        while rest:  # a raw file may take less than it is given, at most 2 GiB at once
+            taken = self._file.write(rest)
+            self._written += taken
+            rest = rest[taken:]
+
+    def close(self) -> None:
+        """The bytes are durable, and so are the folders that name them, when this returns."""
+        self._file.truncate(self._written)
+        os.fsync(self._file.fileno())
+        self._file.close()
+        folder = self._path.parent
+        while folder != self._root.parent:
+            _sync_folder(folder)
+            folder = folder.parent
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,234 @@
+"""The repository of jobs: every statement on them that the API and the workers need.
+
+Each method is one short transaction: read the row under its lock, ask the rule in ``transitions`` what to write,
+write it, append the events. What a worker writes carries its lease token; where the token no longer holds the row,
+nothing is written and LeaseLost is raised. Every write grows ``version``.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+
+from app.artifacts.manifest import StoredFile
+from app.errors import MergeyardError
+from app.records import rows, transitions
+from app.records.database import Database, clock
+from app.records.job import Beat, Event, Idempotency, Job, NewJob, Page, Stage, Status
+from app.records.tables import events, idempotency, jobs, shards
+from app.records.transitions import Change
+
+Rule = Callable[[Job, datetime], Change]
+Conditions = list[ColumnElement[bool]]
+
+
+class Jobs:
+    """Jobs in ``database``. An id that does not exist, or was deleted, raises MergeyardError ``not_found``."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    # ── submitting and reading ───────────────────────────────────────────────────────────────────
+
+    def submit(self, new: NewJob, *, idempotency: Idempotency | None = None) -> tuple[Job, bool]:
+        """Insert a queued job. (the earlier job, False) where the same key came with the same request before.
+
+        Raises ``idempotency_mismatch`` where it came with another request.
+        """
+        try:
+            with self.database.write() as connection:
+                if idempotency is not None and (earlier := rows.earlier(connection, idempotency)) is not None:
+                    return earlier, False
+                return rows.insert_job(connection, new, idempotency), True
+        except IntegrityError:
+            # On PostgreSQL two first requests may both find nothing; the unique index lets one of them in.
+            if idempotency is None or (found := self.earlier(idempotency)) is None:
+                raise
+            return found, False
+
+    def earlier(self, idempotency: Idempotency) -> Job | None:
+        """The job an Idempotency-Key already made. Ask before planning: the sources may have moved since.
+
+        Raises ``idempotency_mismatch`` where the key came with another request.
+        """
+        with self.database.read() as connection:
+            return rows.earlier(connection, idempotency)
+
+    def get(self, job_id: str) -> Job:
+        """The job as it is now."""
+        with self.database.read() as connection:
+            return rows.get(connection, job_id)
+
+    def list(
+        self,
+        *,
+        status: Status | str | Collection[Status] | None = None,
+        method: str | None = None,
+        label: tuple[str, str] | None = None,
+        owner: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> Page:
+        """Jobs, newest first, ``limit`` a page. ``label`` is (name, value); a bad cursor, ``request_invalid``."""
+        conditions: Conditions = [jobs.c.deleted_at.is_(None)]
+        if status is not None:
+            wanted = [status] if isinstance(status, str) else status
+            conditions.append(jobs.c.status.in_([str(one) for one in wanted]))
+        if method is not None:
+            conditions.append(jobs.c.method == method)
+        if owner is not None:
+            conditions.append(jobs.c.owner == owner)
+        if label is not None:
+            conditions.append(jobs.c.labels[label[0]].as_string() == label[1])
+        if cursor is not None:
+            conditions.append(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*rows.read_cursor(cursor)))
+        statement = (
+            select(jobs)
+            .where(*conditions)
+            .order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
+            .limit(limit + 1)  # one more tells whether there is a next page
+        )
+        with self.database.read() as connection:
+            found = [rows.read_job(row) for row in connection.execute(statement)]
+        more = len(found) > limit
+        page = tuple(found[:limit])
+        return Page(jobs=page, next_cursor=rows.write_cursor(page[-1]) if more else None)
+
+    def events(self, job_id: str, *, after: int = 0, limit: int = 200) -> Sequence[Event]:
+        """The job's events numbered above ``after``, oldest first."""
+        statement = (
+            select(events).where(events.c.job_id == job_id, events.c.id > after).order_by(events.c.id).limit(limit)
+        )
+        with self.database.read() as connection:
+            rows.get(connection, job_id)
+            return [Event(**row._mapping) for row in connection.execute(statement)]
+
+    def shards(self, job_id: str) -> Sequence[StoredFile]:
+        """The files that attempts of this job have finished and recorded, by name."""
+        statement = select(shards).where(shards.c.job_id == job_id).order_by(shards.c.name)
+        with self.database.read() as connection:
+            return [
+                StoredFile(name=row.name, key=row.key, size=row.size, sha256=row.sha256)
+                for row in connection.execute(statement)
+            ]
+
+    # ── from outside ─────────────────────────────────────────────────────────────────────────────
+
+    def request_cancel(self, job_id: str) -> Job:
+        """Cancel a queued job, ask a running one to stop. Idempotent; ``conflict`` once it succeeded or failed."""
+        return self._outside(job_id, transitions.request_cancel)
+
+    def delete(self, job_id: str) -> Job:
+        """Hide a finished job, else ``conflict``. Its files are the caller's or the janitor's to delete."""
+        with self.database.write() as connection:
+            job = rows.get(connection, job_id, lock=True)
+            written = rows.apply(connection, job, transitions.delete(job, clock(connection)))
+            # The key may be used again: it must not lead to a job nobody can see.
+            connection.execute(delete(idempotency).where(idempotency.c.job_id == job_id))
+            return written
+
+    # ── a worker's ───────────────────────────────────────────────────────────────────────────────
+
+    def claim(self, job_id: str, *, lease_seconds: float, worker: str = "") -> Job | None:
+        """Compare and set: of any number of claimants of a free job one gets it, with a fresh token, the others None.
+
+        Free is: queued, or running under a lease that ran out while attempts remain. The statement decides by
+        itself on both databases: SQLite runs one writer at a time; PostgreSQL (read committed) makes the second
+        UPDATE wait for the first one's commit and then tests the WHERE again on the new row.
+        """
+        with self.database.write() as connection:
+            before = connection.execute(select(jobs.c.status).where(jobs.c.id == job_id)).scalar()
+            now = clock(connection)
+            row = connection.execute(
+                update(jobs)
+                .where(
+                    jobs.c.id == job_id,
+                    or_(
+                        jobs.c.status == Status.QUEUED,
+                        and_(
+                            jobs.c.status == Status.RUNNING,
+                            jobs.c.lease_expires_at < now,
+                            jobs.c.attempt < jobs.c.max_attempts,
+                        ),
+                    ),
+                )
+                .values(
+                    status=Status.RUNNING,
+                    stage=Stage.RESOLVING,
+                    attempt=jobs.c.attempt + 1,
+                    lease_token=secrets.token_hex(16),
+                    lease_expires_at=now + timedelta(seconds=lease_seconds),
+                    progress_bytes=0,
+                    progress_at=now,
+                    started_at=func.coalesce(jobs.c.started_at, now),
+                    updated_at=now,
+                    version=jobs.c.version + 1,
+                )
+                .returning(jobs)
+            ).one_or_none()
+            if row is None:
+                return None
+            job = rows.read_job(row)
+            if before == Status.RUNNING:
+                lost = {"attempt": job.attempt - 1, "reason": "lease_expired"}
+                rows.append(connection, job_id, now, ("worker_lost", lost))
+            rows.append(connection, job_id, now, ("claimed", {"attempt": job.attempt, "worker": worker}))
+            return job
+
+    def heartbeat(self, job_id: str, token: str, *, lease_seconds: float, progress_bytes: int | None = None) -> Beat:
+        """Prolong the lease, write the progress, and bring back whether a cancel was requested."""
+        job = self._held(
+            job_id,
+            token,
+            lambda job, now: transitions.heartbeat(
+                job, now, lease_seconds=lease_seconds, progress_bytes=progress_bytes
+            ),
+        )
+        return Beat(cancel_requested=job.status is Status.CANCELLING)
+
+    def set_stage(self, job_id: str, token: str, stage: Stage | str) -> Job:
+        """The attempt enters ``stage``."""
+        return self._held(job_id, token, lambda job, now: transitions.enter_stage(job, now, stage=Stage(stage)))
+
+    def record_shard(self, job_id: str, token: str, file: StoredFile) -> None:
+        """A file of the artifact is complete and durable in the store; a retry's file of that name replaces it."""
+        with self.database.write() as connection:
+            job = rows.get_held(connection, job_id, token)
+            rows.apply(connection, job, transitions.finish_file(job, file))
+            connection.execute(delete(shards).where(shards.c.job_id == job_id, shards.c.name == file.name))
+            connection.execute(
+                insert(shards).values(job_id=job_id, name=file.name, key=file.key, size=file.size, sha256=file.sha256)
+            )
+
+    def publish(self, job_id: str, token: str, artifact: Mapping[str, Any]) -> Job:
+        """Make ``artifact`` (as ``Job.artifact``) the result. CancelRequested once a cancel was accepted."""
+        return self._held(job_id, token, lambda job, now: transitions.publish(job, now, artifact=artifact))
+
+    def fail(self, job_id: str, token: str, error: MergeyardError, *, retry: bool) -> Job:
+        """The attempt failed: queued again where ``retry`` and attempts remain, else failed."""
+        return self._held(job_id, token, lambda job, now: transitions.fail(job, now, error=error, retry=retry))
+
+    def hand_back(self, job_id: str, token: str) -> Job:
+        """The worker was told to stop: queued again, and the attempt does not count."""
+        return self._held(job_id, token, transitions.hand_back)
+
+    def confirm_cancelled(self, job_id: str, token: str) -> Job:
+        """The worker stopped as it was asked to."""
+        return self._held(job_id, token, transitions.confirm_cancelled)
+
+    # ── how a rule is applied ────────────────────────────────────────────────────────────────────
+
+    def _outside(self, job_id: str, rule: Rule) -> Job:
+        with self.database.write() as connection:
+            job = rows.get(connection, job_id, lock=True)
+            return rows.apply(connection, job, rule(job, clock(connection)))
+
+    def _held(self, job_id: str, token: str, rule: Rule) -> Job:
+        with self.database.write() as connection:
+            job = rows.get_held(connection, job_id, token)
+            return rows.apply(connection, job, rule(job, clock(connection)))

@@ -1,0 +1,165 @@
+"""Statements that more than one repository needs: reading a row under its lock, applying a rule, ids and cursors."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import secrets
+from dataclasses import fields
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from app.errors import MergeyardError
+from app.records.database import clock
+from app.records.job import Idempotency, Job, LeaseLost, NewJob, Ring, Stage, Status
+from app.records.tables import events, idempotency, jobs
+from app.records.transitions import Change, Happening
+
+HELD = (Status.RUNNING, Status.CANCELLING)
+_JOB_FIELDS = tuple(field.name for field in fields(Job))
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
+
+
+def read_job(row: Row[Any]) -> Job:
+    """The frozen value of a row of ``jobs``."""
+    values = {name: row._mapping[name] for name in _JOB_FIELDS}
+    values["status"] = Status(values["status"])
+    values["stage"] = None if values["stage"] is None else Stage(values["stage"])
+    values["warnings"] = tuple(values["warnings"])
+    return Job(**values)
+
+
+def get(connection: Connection, job_id: str, *, lock: bool = False) -> Job:
+    """The job, locked until the transaction ends where ``lock``. ``not_found`` for an unknown or deleted id."""
+    statement = select(jobs).where(jobs.c.id == job_id, jobs.c.deleted_at.is_(None))
+    row = connection.execute(statement.with_for_update() if lock else statement).one_or_none()
+    if row is None:
+        raise MergeyardError("not_found", "There is no merge with this id.")
+    return read_job(row)
+
+
+def get_held(connection: Connection, job_id: str, token: str) -> Job:
+    """The job that ``token`` holds, locked until the transaction ends. LeaseLost where it holds none."""
+    held = select(jobs).where(jobs.c.id == job_id, jobs.c.lease_token == token, jobs.c.status.in_(HELD))
+    row = connection.execute(held.with_for_update()).one_or_none()
+    if row is None:
+        raise LeaseLost(job_id)
+    return read_job(row)
+
+
+def apply(connection: Connection, job: Job, change: Change) -> Job:
+    """Write what a rule decided about ``job``, which was read under its lock in this transaction."""
+    if not change.values and not change.events:
+        return job
+    now = clock(connection)
+    row = connection.execute(
+        update(jobs)
+        .where(
+            jobs.c.id == job.id,
+            jobs.c.version == job.version,
+            jobs.c.lease_token.is_not_distinct_from(job.lease_token),
+        )
+        .values(**change.values, updated_at=now, version=jobs.c.version + 1)
+        .returning(jobs)
+    ).one_or_none()
+    if row is None:
+        raise LeaseLost(job.id)
+    append(connection, job.id, now, *change.events)
+    return read_job(row)
+
+
+def append(connection: Connection, job_id: str, now: datetime, *happenings: Happening) -> None:
+    """Add events. The job's row is locked by whoever calls, so a job's events are numbered in their order."""
+    for kind, data in happenings:
+        connection.execute(insert(events).values(job_id=job_id, type=kind, at=now, data=dict(data)))
+
+
+def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> Job:
+    """A queued job, and the key that made it."""
+    now = clock(connection)
+    job_id = new_id(now)
+    row = connection.execute(
+        insert(jobs)
+        .values(
+            id=job_id,
+            kind=new.kind,
+            status=Status.QUEUED,
+            version=1,
+            queue=new.queue,
+            priority=new.priority,
+            owner=new.owner,
+            labels=dict(new.labels),
+            recipe=dict(new.recipe),
+            resolved=dict(new.resolved),
+            method=new.method,
+            plan_digest=new.plan_digest,
+            estimates=dict(new.estimates),
+            warnings=[dict(warning) for warning in new.warnings],
+            attempt=0,
+            max_attempts=new.max_attempts,
+            progress_bytes=0,
+            total_bytes=new.total_bytes,
+            pinned=new.pinned,
+            expires_in=new.expires_in,
+            created_at=now,
+            updated_at=now,
+            rung_at=now,
+            swept=False,
+        )
+        .returning(jobs)
+    ).one()
+    append(connection, job_id, now, ("submitted", {}))
+    if key is not None:
+        connection.execute(
+            insert(idempotency).values(owner=key.owner, key=key.key, request_hash=key.request_hash, job_id=job_id)
+        )
+    return read_job(row)
+
+
+def earlier(connection: Connection, key: Idempotency) -> Job | None:
+    """The job the key made before; ``idempotency_mismatch`` where another request did."""
+    row = connection.execute(
+        select(idempotency.c.request_hash, idempotency.c.job_id).where(
+            idempotency.c.owner == key.owner, idempotency.c.key == key.key
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    if row.request_hash != key.request_hash:
+        raise MergeyardError(
+            "idempotency_mismatch",
+            "This Idempotency-Key came with another request before; use a new key for a new request.",
+        )
+    return get(connection, row.job_id)
+
+
+def ring(job: Job) -> Ring:
+    """The doorbell of a queued job."""
+    return Ring(id=job.id, queue=job.queue, priority=job.priority)
+
+
+def new_id(now: datetime) -> str:
+    """``mrg-``, 10 characters of milliseconds, 16 random ones: sorts by time, and cannot be guessed."""
+    milliseconds = int(now.timestamp() * 1000)
+    moment = "".join(_ALPHABET[milliseconds >> shift & 31] for shift in range(45, -1, -5))
+    return f"mrg-{moment}{''.join(secrets.choice(_ALPHABET) for _ in range(16))}"
+
+
+def write_cursor(job: Job) -> str:
+    """Where the page after ``job`` begins."""
+    text = f"{job.created_at.astimezone(UTC).isoformat()}|{job.id}"
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def read_cursor(cursor: str) -> tuple[datetime, str]:
+    """(created_at, id) of the last job of the page before. ``request_invalid`` for anything we did not write."""
+    try:
+        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+        moment, job_id = text.split("|")
+        return datetime.fromisoformat(moment).astimezone(UTC), job_id
+    except (ValueError, binascii.Error):
+        raise MergeyardError(
+            "request_invalid", "The cursor is not one that this service gave out.", where="cursor"
+        ) from None

@@ -1,0 +1,141 @@
+"""The tables. The migrations make them; a test holds the two equal."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+)
+from sqlalchemy.types import TypeDecorator
+
+from app.records.job import Status
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """An aware datetime in UTC. SQLite keeps it as text with six decimals, which sorts as time does."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        moment = value.astimezone(UTC)
+        return moment.replace(tzinfo=None) if dialect.name == "sqlite" else moment
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+# SQLite numbers rows by itself only in a column of exactly this type.
+RowNumber = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def _absent_json() -> JSON:
+    """JSON whose None is SQL's NULL, so that `IS NULL` means what it says."""
+    return JSON(none_as_null=True)
+
+
+def _job(**options: Any) -> Column[str]:
+    return Column("job_id", String(96), ForeignKey("jobs.id", ondelete="CASCADE"), **options)
+
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(96), primary_key=True),
+    Column("kind", String(32), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("stage", String(16)),
+    Column("version", BigInteger, nullable=False),
+    Column("queue", String(96), nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("owner", String(96), nullable=False),
+    Column("labels", JSON, nullable=False),
+    Column("recipe", JSON, nullable=False),
+    Column("resolved", JSON, nullable=False),
+    Column("method", String(64), nullable=False),
+    Column("plan_digest", String(64), nullable=False),
+    Column("estimates", JSON, nullable=False),
+    Column("warnings", JSON, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("max_attempts", Integer, nullable=False),
+    Column("lease_token", String(32)),
+    Column("lease_expires_at", UtcTime),
+    Column("progress_bytes", BigInteger, nullable=False),
+    Column("total_bytes", BigInteger, nullable=False),
+    Column("progress_at", UtcTime),
+    Column("error", _absent_json()),
+    Column("artifact", _absent_json()),
+    Column("pinned", Boolean, nullable=False),
+    Column("expires_in", Integer),  # seconds after publication
+    Column("expires_at", UtcTime),
+    Column("created_at", UtcTime, nullable=False),
+    Column("started_at", UtcTime),
+    Column("finished_at", UtcTime),
+    Column("updated_at", UtcTime, nullable=False),
+    Column("rung_at", UtcTime, nullable=False),  # when the doorbell was last pressed, or found unnecessary
+    Column("deleted_at", UtcTime),  # hidden from then on; the row goes once its files are gone
+    Column("swept", Boolean, nullable=False),  # the store holds nothing of this job but what is published
+    CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in Status)})", name="status"),
+    CheckConstraint("(lease_token IS NOT NULL) = (status IN ('running', 'cancelling'))", name="lease"),
+    CheckConstraint("(artifact IS NOT NULL) = (status = 'succeeded')", name="artifact"),
+    Index(None, "created_at", "id"),
+    Index(None, "status", "created_at", "id"),
+)
+
+shards = Table(
+    "shards",
+    metadata,
+    _job(primary_key=True),
+    Column("name", String(512), primary_key=True),
+    Column("key", String(1024), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", RowNumber, primary_key=True, autoincrement=True),
+    _job(nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Column("data", JSON, nullable=False),
+    Index(None, "job_id", "id"),
+    sqlite_autoincrement=True,  # an event's number is never given twice, so `Last-Event-ID` stays true
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("owner", String(96), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("request_hash", String(64), nullable=False),
+    _job(nullable=False, index=True),
+)

@@ -1,0 +1,177 @@
+"""The state machine: every change of a job's status is one of these named rules.
+
+    queued ──claim──▶ running ──publish──▶ succeeded
+      ▲ ▲               │ │ └──fail──▶ failed          (``retry`` and attempts left: back to queued)
+      │ └──hand_back────┘ ├──lose──▶ queued | failed   (the lease ran out)
+      │                   └──request_cancel──▶ cancelling ──confirm_cancelled──▶ cancelled
+      └──request_cancel──▶ cancelled
+
+In ``cancelling``, publish is refused, and fail, lose and hand_back end in ``cancelled``.
+
+A rule looks at the job as it is (locked, in the transaction that will write) and says what to write and which
+events to leave; ``jobs.py`` does both under the lease token. Rules are pure: no clock, no database. Only ``claim``
+decides in SQL, because there the race is the rule; see ``Jobs.claim``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from app.artifacts.manifest import StoredFile
+from app.errors import CODES, MergeyardError
+from app.records.job import CancelRequested, Job, Stage, Status
+
+Happening = tuple[str, Mapping[str, Any]]  # an event's type and data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What a rule writes: column ``values``, and the events it leaves, in order."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    events: tuple[Happening, ...] = ()
+
+
+# ── under the lease token ───────────────────────────────────────────────────────────────────────
+
+
+def heartbeat(job: Job, now: datetime, *, lease_seconds: float, progress_bytes: int | None) -> Change:
+    """The lease lives on. ``progress_at`` moves with the progress only: a heartbeat proves no more than life."""
+    values: dict[str, Any] = {"lease_expires_at": now + timedelta(seconds=lease_seconds)}
+    if progress_bytes is not None and progress_bytes != job.progress_bytes:
+        values |= {"progress_bytes": progress_bytes, "progress_at": now}
+    return Change(values=values)
+
+
+def enter_stage(job: Job, now: datetime, *, stage: Stage) -> Change:
+    """The attempt is in another stage; that is progress."""
+    if stage == job.stage:
+        return Change()
+    return Change(values={"stage": stage, "progress_at": now}, events=(("stage", {"stage": stage}),))
+
+
+def finish_file(job: Job, file: StoredFile) -> Change:  # noqa: ARG001 — every rule looks at a job
+    """A file of the artifact is durable in the store; the caller keeps it in ``shards``."""
+    return Change(events=(("shard", {"name": file.name, "size": file.size, "sha256": file.sha256}),))
+
+
+def publish(job: Job, now: datetime, *, artifact: Mapping[str, Any]) -> Change:
+    """running → succeeded: this write *is* the publication. cancelling: raises CancelRequested."""
+    if job.status is Status.CANCELLING:
+        raise CancelRequested(job.id)
+    expires_at = None if job.expires_in is None else now + timedelta(seconds=job.expires_in)
+    summary = {"manifest_sha256": artifact.get("manifest_sha256"), "size": artifact.get("size")}
+    return Change(
+        values={
+            **_let_go(Status.SUCCEEDED),
+            "artifact": dict(artifact),
+            "progress_bytes": job.total_bytes,
+            "progress_at": now,
+            "finished_at": now,
+            "expires_at": expires_at,
+        },
+        events=(("succeeded", summary),),
+    )
+
+
+def fail(job: Job, now: datetime, *, error: MergeyardError, retry: bool) -> Change:
+    """running → queued where ``retry`` and attempts remain, else → failed; cancelling → cancelled."""
+    if job.status is Status.CANCELLING:
+        return confirm_cancelled(job, now)
+    reason = error_json(error)
+    if retry and job.attempt < job.max_attempts:
+        return Change(
+            values={**_let_go(Status.QUEUED), "rung_at": now},
+            events=(("retried", {"attempt": job.attempt, "error": reason}),),
+        )
+    return Change(
+        values={**_let_go(Status.FAILED), "error": reason, "finished_at": now},
+        events=(("failed", {"attempt": job.attempt, "error": reason}),),
+    )
+
+
+def hand_back(job: Job, now: datetime) -> Change:
+    """The worker was told to stop. running → queued, and the attempt does not count; cancelling → cancelled."""
+    if job.status is Status.CANCELLING:
+        return confirm_cancelled(job, now)
+    return Change(
+        values={**_let_go(Status.QUEUED), "attempt": job.attempt - 1, "rung_at": now},
+        events=(("handed_back", {"attempt": job.attempt}),),
+    )
+
+
+def confirm_cancelled(job: Job, now: datetime) -> Change:
+    """cancelling → cancelled: the worker has let go."""
+    if job.status is not Status.CANCELLING:
+        raise ValueError(f"{job.id} is {job.status}: nobody asked to cancel it")
+    return _cancelled(now)
+
+
+# ── from outside ────────────────────────────────────────────────────────────────────────────────
+
+
+def request_cancel(job: Job, now: datetime) -> Change:
+    """queued → cancelled at once; running → cancelling; again: nothing; succeeded or failed: ``conflict``."""
+    match job.status:
+        case Status.QUEUED:
+            change = _cancelled(now)
+            return Change(values=change.values, events=(("cancel_requested", {}), *change.events))
+        case Status.RUNNING:
+            return Change(values={"status": Status.CANCELLING}, events=(("cancel_requested", {}),))
+        case Status.CANCELLING | Status.CANCELLED:
+            return Change()
+        case _:
+            raise MergeyardError("conflict", f"The merge has already {job.status}; it can no longer be cancelled.")
+
+
+def delete(job: Job, now: datetime) -> Change:
+    """Hide a finished job. Its files go next, its row last."""
+    if not job.status.finished:
+        raise MergeyardError("conflict", f"The merge is {job.status}; cancel it first, then delete it.")
+    return Change(values={"deleted_at": now, "swept": False})
+
+
+def lose(job: Job, now: datetime, *, reason: str) -> Change:
+    """The worker is dead or stalled.
+
+    running → queued while attempts remain, else → failed with ``worker_lost``; cancelling → cancelled.
+    """
+    lost: Happening = ("worker_lost", {"attempt": job.attempt, "reason": reason})
+    if job.status is Status.CANCELLING:
+        return Change(values=_cancelled(now).values, events=(lost, ("cancelled", {})))
+    if job.attempt < job.max_attempts:
+        return Change(values={**_let_go(Status.QUEUED), "rung_at": now}, events=(lost,))
+    attempts = "the only attempt" if job.max_attempts == 1 else f"the last of {job.max_attempts} attempts"
+    reason_json = error_json(
+        MergeyardError("worker_lost", f"The worker disappeared during {attempts}. Submit the merge again.")
+    )
+    return Change(
+        values={**_let_go(Status.FAILED), "error": reason_json, "finished_at": now},
+        events=(lost, ("failed", {"attempt": job.attempt, "error": reason_json})),
+    )
+
+
+# ── parts ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def error_json(error: MergeyardError) -> dict[str, Any]:
+    """The form of an error in rows, events and answers; never a trace."""
+    return {
+        "code": error.code,
+        "title": CODES[error.code].title,
+        "message": error.message,
+        "where": error.where,
+        "fault": error.fault,
+        "problems": [problem.as_json() for problem in error.problems],
+    }
+
+
+def _let_go(status: Status) -> dict[str, Any]:
+    return {"status": status, "stage": None, "lease_token": None, "lease_expires_at": None}
+
+
+def _cancelled(now: datetime) -> Change:
+    return Change(values={**_let_go(Status.CANCELLED), "finished_at": now}, events=(("cancelled", {}),))

@@ -1,0 +1,114 @@
+"""What the janitor asks of the database: jobs whose worker is gone, doorbells to press, leftovers to sweep.
+
+Everything here is idempotent and safe in any number of processes at once: candidates are found without locks, and
+each is taken in its own transaction, only if it is still a candidate under the lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
+
+from app.records import rows, transitions
+from app.records.database import Database, clock
+from app.records.job import JanitorReport, Job, Ring, Status
+from app.records.tables import jobs
+
+BATCH = 200  # rows of each kind in one round; the next round takes the rest
+
+
+class Upkeep:
+    """The janitor's statements on ``database``."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def round(self, *, ring_after: float = 10.0, stalled_after: float = 3600.0) -> JanitorReport:
+        """Take jobs from dead or stalled workers, and find the doorbells to press.
+
+        A worker is dead when its lease ran out, stalled when its job did not move for ``stalled_after`` seconds. To
+        press are the doorbells of what was requeued, and of what has been queued for ``ring_after`` seconds without
+        being rung.
+        """
+        ended: dict[Status, list[str]] = {Status.QUEUED: [], Status.FAILED: [], Status.CANCELLED: []}
+        rings: list[Ring] = []
+        for job_id in self._suspects(stalled_after):
+            if (job := self._lose(job_id, stalled_after)) is not None:
+                ended[job.status].append(job.id)
+                if job.status is Status.QUEUED:
+                    rings.append(rows.ring(job))
+        rings += self._stale(ring_after)
+        return JanitorReport(
+            ring=tuple(rings),
+            requeued=tuple(ended[Status.QUEUED]),
+            failed=tuple(ended[Status.FAILED]),
+            cancelled=tuple(ended[Status.CANCELLED]),
+        )
+
+    def waiting(self, queue: str) -> int:
+        """How many jobs wait in ``queue``."""
+        statement = select(func.count()).where(jobs.c.status == Status.QUEUED, jobs.c.queue == queue)
+        with self.database.read() as connection:
+            return connection.execute(statement).scalar_one()
+
+    def unswept(self) -> list[tuple[Job, bool]]:
+        """Finished jobs whose leftover files are still to be swept from the store, and whether each was deleted."""
+        finished = [status for status in Status if status.finished]
+        statement = (
+            select(jobs)
+            .where(jobs.c.status.in_(finished), jobs.c.swept.is_(False))
+            .order_by(jobs.c.created_at)
+            .limit(BATCH)
+        )
+        with self.database.read() as connection:
+            return [(rows.read_job(row), row.deleted_at is not None) for row in connection.execute(statement)]
+
+    def set_swept(self, job_id: str) -> None:
+        """The store holds nothing of the job but what is published. A deleted job's row goes now."""
+        with self.database.write() as connection:
+            connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.deleted_at.is_not(None)))
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(swept=True, version=jobs.c.version + 1))
+
+    def _suspects(self, stalled_after: float) -> Sequence[str]:
+        with self.database.read() as connection:
+            dead = _dead(clock(connection), stalled_after)
+            return connection.scalars(select(jobs.c.id).where(dead).limit(BATCH)).all()
+
+    def _lose(self, job_id: str, stalled_after: float) -> Job | None:
+        with self.database.write() as connection:
+            now = clock(connection)
+            still_dead = select(jobs).where(jobs.c.id == job_id, _dead(now, stalled_after))
+            row = connection.execute(still_dead.with_for_update(skip_locked=True)).one_or_none()
+            if row is None:
+                return None
+            job = rows.read_job(row)
+            expired = job.lease_expires_at is not None and job.lease_expires_at < now
+            reason = "lease_expired" if expired else "stalled"
+            return rows.apply(connection, job, transitions.lose(job, now, reason=reason))
+
+    def _stale(self, ring_after: float) -> list[Ring]:
+        with self.database.write() as connection:
+            now = clock(connection)
+            stale = and_(jobs.c.status == Status.QUEUED, jobs.c.rung_at <= now - timedelta(seconds=ring_after))
+            oldest = select(jobs.c.id).where(stale).order_by(jobs.c.created_at).limit(BATCH)
+            chosen = connection.scalars(oldest.with_for_update(skip_locked=True)).all()
+            found = connection.execute(
+                update(jobs)
+                .where(jobs.c.id.in_(chosen), stale)
+                .values(rung_at=now, version=jobs.c.version + 1)
+                .returning(jobs)
+            ).all()
+        waiting = sorted(map(rows.read_job, found), key=lambda job: (job.created_at, job.id))
+        return [rows.ring(job) for job in waiting]
+
+
+def _dead(now: datetime, stalled_after: float) -> ColumnElement[bool]:
+    return and_(
+        jobs.c.status.in_(rows.HELD),
+        or_(
+            jobs.c.lease_expires_at < now,
+            jobs.c.progress_at < now - timedelta(seconds=stalled_after),
+        ),
+    )
