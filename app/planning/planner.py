@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import app
 from app.errors import MergeyardError, Problem
+from app.planning.fingerprint import canonical_recipe, plan_digest
 from app.planning.matching import AdapterMatch, ModelMatch, match_adapter, match_model
 from app.planning.parameters import source_parameters, tensor_parameters
 from app.planning.plan import (
@@ -33,7 +31,6 @@ from app.sources.resolver import Resolver
 from app.sources.safetensors import DTYPE_BYTES, FLOATS
 from app.sources.source import ModelSource, SourceFile, TensorSpec
 
-ENGINE_VERSION = "1"  # grows whenever the same recipe would give other bytes
 DELTA_BUFFER_BYTES = 512_000_000  # the engine keeps one tensor's Δ of every source up to here, else it recomputes
 PROCESS_BYTES = 450_000_000  # what a worker holds before it merges anything: torch, Numba
 LIBRARY_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -78,7 +75,7 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     if problems:
         raise MergeyardError.of(_first_of_each(problems))
     shards = _shards(tensors, shard_bytes(recipe.output.max_shard_size))
-    resolved_recipe = _canonical(recipe, base_reference, sources)
+    resolved_recipe = canonical_recipe(recipe, base_reference, [(source.canonical, source.entry) for source in sources])
     documents, companions = _documents(base, recipe.file_dtype)
     base_planned = PlannedSource(reference=base_reference, role="base", files=base.files)
     planned = tuple(_planned(source, base_reference, base) for source in sources)
@@ -93,7 +90,7 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
         metadata={"format": "pt"},
         estimates=_estimates(tensors),
         warnings=warnings_of(recipe, tensors, base, [source.adapter for source in sources]),
-        digest=_digest(resolved_recipe, [base_planned, *planned], companions, documents),
+        digest=plan_digest(resolved_recipe, [base_planned, *planned], companions, documents),
     )
 
 
@@ -158,10 +155,10 @@ def _tensors(
             own = source_parameters(recipe, source.entry, position)
             contributions.append(Contribution(source=index, full=full, lora=lora, parameters=own))
         touched = floating and any(item.full or item.lora for item in contributions)
-        # Sources that change nothing still scale the base where a linear merge is not normalised.
-        counted = floating and METHODS[recipe.merge_method].counts_base
         parameters = tensor_parameters(recipe, position)
-        kept = tuple(contributions) if touched or counted else ()
+        # Sources that change nothing still scale the base where a linear merge is not normalised.
+        scaled = recipe.merge_method == "linear" and parameters["normalize"] is False and floating
+        kept = tuple(contributions) if touched or scaled else ()
         if kept and parameters.get("normalize") is True and recipe.merge_method == "linear":
             problems.extend(_zero_weights(kept, name))
         planned.append(
@@ -302,61 +299,3 @@ def _planned(source: ResolvedSource, base_reference: str, base: ModelSource) -> 
     if reference == base_reference:
         files = base.files
     return PlannedSource(reference=reference, role=role, files=files)
-
-
-def _canonical(recipe: Recipe, base_reference: str, sources: Sequence[ResolvedSource]) -> dict[str, Any]:
-    """The resolved recipe: every reference canonical, every default of the method written out."""
-    spec = METHODS[recipe.merge_method]
-    shared = {
-        name: recipe.parameters.get(name, parameter.default)
-        for name, parameter in spec.parameters.items()
-        if not parameter.per_source and name != "int8_mask"
-    }
-    models = []
-    for source in sources:
-        own = {
-            name: source.entry.parameters.get(name, recipe.parameters.get(name, parameter.default))
-            for name, parameter in spec.parameters.items()
-            if parameter.per_source
-        }
-        models.append({**source.canonical, "parameters": own})
-    resolved: dict[str, Any] = {
-        "base_model": base_reference,
-        "merge_method": recipe.merge_method,
-        "models": models,
-        "parameters": {name: value for name, value in shared.items() if value is not None},
-        "output": recipe.output.model_dump(),
-        "tokenizer_source": "base",
-    }
-    if wanted := recipe.out_dtype or recipe.dtype:
-        resolved["out_dtype"] = wanted
-    if recipe.name:
-        resolved["name"] = recipe.name
-    return resolved
-
-
-def _digest(
-    resolved: Mapping[str, Any],
-    sources: Sequence[PlannedSource],
-    companions: Sequence[SourceFile],
-    documents: Mapping[str, Mapping[str, Any]],
-) -> str:
-    """sha256 of canonical JSON: the recipe but its name, what pins each file, and what would change the bytes."""
-    pins = [
-        [
-            source.reference,
-            source.role,
-            [[file.header_sha256, file.size, file.mtime_ns] for file in source.files],
-        ]
-        for source in sources
-    ]
-    value = {
-        "engine": ENGINE_VERSION,
-        "version": app.__version__,
-        "recipe": {key: item for key, item in resolved.items() if key != "name"},
-        "sources": pins,
-        "companions": [[file.path.name, file.header_sha256] for file in companions],
-        "documents": documents,
-    }
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()

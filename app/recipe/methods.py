@@ -18,8 +18,9 @@ Setting = float | bool | str
 class Parameter:
     """One parameter: where it may stand, what it may be.
 
-    ``per_source`` parameters may also be given for all sources at once, in the recipe's own ``parameters``. A ``choice``
-    is one value for the whole merge; numbers and flags may vary by tensor. ``default`` None: the dialect decides.
+    ``per_source`` parameters may also be given for all sources at once, in the recipe's own ``parameters``. A
+    ``choice`` is one value for the whole merge; numbers and flags may vary by tensor. ``default`` None: the dialect
+    decides.
     """
 
     kind: Kind

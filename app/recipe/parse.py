@@ -110,7 +110,7 @@ _Loader.add_implicit_resolver(
 
 
 def _load(text: str | bytes) -> Any:
-    """YAML, of which JSON is nearly a subset; JSON is tried first where it looks like JSON, for its stricter numbers."""
+    """YAML, of which JSON is nearly a subset; what looks like JSON is tried as that first."""
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
     except UnicodeDecodeError:

@@ -1,8 +1,8 @@
 """Parameter values that vary by tensor: scalars, gradients over the layers, and lists chosen by name.
 
 mergekit's reading (merging-maths, "Full-tensor reading of mergekit's grammar"): a gradient is interpolated linearly at
-layer/(layers-1), and everything outside the layers takes its first value; of ``{filter, value}`` entries the first whose
-filter is a part of the tensor's name wins, no filter or ``*`` matching all.
+layer/(layers-1), and everything outside the layers takes its first value; of ``{filter, value}`` entries the first
+whose filter is a part of the tensor's name wins, no filter or ``*`` matching all.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class Resolver:
             case "models":
                 return self._below_roots(reference.name, text)
             case "bare":
-                if self.local is not None and (folder := self.local / reference.name).is_dir():
+                if self.local is not None and os.path.isdir(folder := self.local / reference.name):  # noqa: PTH112
                     return reference, list_files(folder)
                 return self._below_roots(reference.name, text)
 
@@ -82,11 +83,12 @@ class Resolver:
             try:
                 real_root = root.resolve()
                 folder = (real_root / path).resolve()
+                found = folder.is_dir()
             except (OSError, RuntimeError, ValueError):
                 continue  # a loop of links, or a name this file system cannot have
             if not folder.is_relative_to(real_root):
                 escaped = True
-            elif folder.is_dir():
+            elif found:
                 name = folder.relative_to(real_root).as_posix()
                 return Reference("models", name), list_files(folder, within=real_root)
         if escaped:

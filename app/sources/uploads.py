@@ -64,7 +64,7 @@ class UploadDraft:
         """Store one file.
 
         Raises:
-            MergeyardError: `pickle_refused`, `request_invalid` (a name twice, a path, a kind that is not taken), `disk_full`.
+            MergeyardError: `pickle_refused`, `request_invalid` (a name twice, a path, another kind), `disk_full`.
         """
         if name.endswith(PICKLES):
             message = f"{name[-80:]} is a pickle, which can run code when loaded; send safetensors"

@@ -1,0 +1,72 @@
+"""What makes two merges the same: the resolved recipe, and one digest over all that decides the result's bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import app
+from app.planning.plan import PlannedSource
+from app.recipe import Recipe, SourceEntry
+from app.recipe.methods import METHODS
+from app.sources.source import SourceFile
+
+ENGINE_VERSION = "1"  # grows whenever the same recipe would give other bytes
+
+
+def canonical_recipe(
+    recipe: Recipe, base_reference: str, sources: Sequence[tuple[Mapping[str, str], SourceEntry]]
+) -> dict[str, Any]:
+    """The resolved recipe: every reference canonical, every default of the method written out.
+
+    ``sources`` pairs each entry with its canonical reference, under ``model`` or ``adapter``.
+    """
+    spec = METHODS[recipe.merge_method]
+    shared = {
+        name: recipe.parameters.get(name, parameter.default)
+        for name, parameter in spec.parameters.items()
+        if name != "int8_mask"
+    }
+    models = [{**references, "parameters": dict(entry.parameters)} for references, entry in sources]
+    resolved: dict[str, Any] = {
+        "base_model": base_reference,
+        "merge_method": recipe.merge_method,
+        "models": models,
+        "parameters": {name: value for name, value in shared.items() if value is not None},
+        "output": recipe.output.model_dump(),
+        "tokenizer_source": "base",
+    }
+    if wanted := recipe.out_dtype or recipe.dtype:
+        resolved["out_dtype"] = wanted
+    if recipe.name:
+        resolved["name"] = recipe.name
+    return resolved
+
+
+def plan_digest(
+    resolved: Mapping[str, Any],
+    sources: Sequence[PlannedSource],
+    companions: Sequence[SourceFile],
+    documents: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """sha256 of canonical JSON: the recipe but its name, what pins each file, and what would change the bytes."""
+    pins = [
+        [
+            source.reference,
+            source.role,
+            [[file.header_sha256, file.size, file.mtime_ns] for file in source.files],
+        ]
+        for source in sources
+    ]
+    value = {
+        "engine": ENGINE_VERSION,
+        "version": app.__version__,
+        "recipe": {key: item for key, item in resolved.items() if key != "name"},
+        "sources": pins,
+        "companions": [[file.path.name, file.header_sha256] for file in companions],
+        "documents": documents,
+    }
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,127 @@
+"""Adapters: which are taken, with what scale, and which are refused by name."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.errors import MergeyardError
+from app.sources.adapters import load_adapter
+from tests.files import listing, lora_tensors, write_adapter
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def scales(folder: Path) -> dict[str, float]:
+    return {module.module: module.scale for module in load_adapter(listing(folder), "x").modules}
+
+
+def test_plain_lora_scales_by_alpha_over_r(tmp_path: Path) -> None:
+    found = scales(write_adapter(tmp_path))
+    assert len(found) == 4
+    assert set(found.values()) == {2.0}
+    assert "model.layers.0.self_attn.q_proj" in found
+
+
+def test_rslora_scales_by_alpha_over_the_root_of_r(tmp_path: Path) -> None:
+    assert set(scales(write_adapter(tmp_path, use_rslora=True)).values()) == {4 / math.sqrt(2)}
+
+
+def test_patterns_are_matched_as_peft_matches_them(tmp_path: Path) -> None:
+    tensors = lora_tensors(layers=1)
+    tensors[f"{KEY}.lora_A.weight"] = torch.zeros(4, 8)
+    tensors[f"{KEY}.lora_B.weight"] = torch.zeros(8, 4)
+    folder = write_adapter(tmp_path, tensors, rank_pattern={"q_proj": 4}, alpha_pattern={"layers.0.mlp.up_proj": 16})
+    assert scales(folder) == {"model.layers.0.self_attn.q_proj": 1.0, "model.layers.0.mlp.up_proj": 8.0}
+
+
+def test_wrapping_prefixes_and_the_default_name_are_stripped(tmp_path: Path) -> None:
+    tensors = {
+        "base_model.model._orig_mod.model.q.lora_A.default.weight": torch.zeros(2, 8),
+        "base_model.model._orig_mod.model.q.lora_B.default.weight": torch.zeros(8, 2),
+    }
+    assert list(scales(write_adapter(tmp_path, tensors))) == ["model.q"]
+
+
+def test_saved_modules_keep_their_plain_name(tmp_path: Path) -> None:
+    tensors = {**lora_tensors(), "base_model.model.score.weight": torch.zeros(2, 8)}
+    adapter = load_adapter(listing(write_adapter(tmp_path, tensors, modules_to_save=["score"])), "x")
+    assert list(adapter.saved) == ["score.weight"]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "biases"),
+        ({"bias": "all"}, "biases"),
+        ({"peft_type": "ADALORA"}, "ADALORA"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"trainable_token_indices": [1]}, "trainable tokens"),
+        ({"target_parameters": ["experts"]}, "raw parameters"),
+        ({"alora_invocation_tokens": [1]}, "aLoRA"),
+        ({"arrow_config": {"x": 1}}, "Arrow"),
+        ({"kasa_config": {"x": 1}}, "KaSA"),
+        ({"use_qalora": True}, "QA-LoRA"),
+        ({"monteclora_config": {"x": 1}}, "MonteCLoRA"),
+        ({"layer_replication": [[0, 1]]}, "replicated"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"from_the_future": 3}, "from_the_future"),
+    ],
+)
+def test_other_kinds_are_refused_by_name(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(MergeyardError, match=said) as caught:
+        load_adapter(listing(write_adapter(tmp_path, **config)), "x")
+    assert caught.value.code == "adapter_unsupported"
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [
+        ({f"{KEY}.lora_magnitude_vector": (8,)}, "adapter_unsupported"),
+        ({"base_model.model.embed.lora_embedding_A": (2, 8)}, "adapter_unsupported"),
+        ({f"{KEY}.lora_B.bias": (8,)}, "adapter_unsupported"),
+        ({f"{KEY}.lora_C.weight": (8,)}, "adapter_invalid"),
+        ({"base_model.model.stray.weight": (8,)}, "adapter_invalid"),
+        ({"base_model.model.lonely.lora_A.weight": (2, 8)}, "adapter_invalid"),
+        (
+            {"base_model.model.c.lora_A.weight": (2, 8, 3), "base_model.model.c.lora_B.weight": (8, 2, 1)},
+            "adapter_unsupported",
+        ),
+        ({"base_model.model.c.lora_A.weight": (2, 8), "base_model.model.c.lora_B.weight": (8, 3)}, "adapter_invalid"),
+        ({"base_model.model.c.lora_A.weight": (3, 8), "base_model.model.c.lora_B.weight": (8, 3)}, "adapter_invalid"),
+    ],
+)
+def test_keys_that_do_not_belong_are_refused(tmp_path: Path, extra: dict[str, tuple[int, ...]], code: str) -> None:
+    tensors = {**lora_tensors(), **{name: torch.zeros(shape) for name, shape in extra.items()}}
+    with pytest.raises(MergeyardError) as caught:
+        load_adapter(listing(write_adapter(tmp_path, tensors)), "x")
+    assert caught.value.code == code
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(MergeyardError) as caught:
+        load_adapter(listing(tmp_path), "x")
+    assert caught.value.code == "pickle_refused"
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*", "(.*)*x", "((((((a*)*)*)*)*)*)", ".*.*.*.*.*x", "(a"])
+def test_a_hostile_pattern_is_refused_quickly(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(MergeyardError) as caught:
+        load_adapter(listing(write_adapter(tmp_path, rank_pattern={pattern: 2})), "x")
+    assert caught.value.code == "adapter_invalid"
+
+
+@pytest.mark.parametrize("r", [0, -1, "2", None, True, 1e400, 3])
+def test_a_rank_that_cannot_be_is_refused(tmp_path: Path, r: object) -> None:
+    with pytest.raises(MergeyardError) as caught:
+        load_adapter(listing(write_adapter(tmp_path, r=r)), "x")
+    assert caught.value.code in ("adapter_invalid", "source_format")
