@@ -1,11 +1,11 @@
 """Natural-language requests and the one canonical SQL query each means.
 
-Every request is put together from a table, a shape (a projection, an aggregate, a ranking …), filters and a frame around
-the whole. Tables, literals, frames and the wordings of filters are each cut into training, validation and test parts,
-so a held-out request shares none of them with a training one; only the shapes of queries are the same.
+Every request is put together from a table, a shape (a projection, an aggregate, a ranking …), filters and a frame
+around the whole. Tables, literals, frames and wordings are each cut into training, validation and test parts, so a
+held-out request shares none of them with a training one; only the shapes of queries, and column names, are the same.
 
-Canonical form: upper-case keywords, identifiers in snake case (columns in the singular, tables in the plural), text in
-single quotes as the request spells it, `!=` for inequality, an explicit ASC or DESC, one closing semicolon.
+Canonical form: upper-case keywords, identifiers in snake case (columns in the singular, tables in the plural), text
+in single quotes as the request spells it, `!=` for inequality, an explicit ASC or DESC, one closing semicolon.
 """
 
 import random
@@ -51,7 +51,7 @@ def sql_request(rng: random.Random, split: Split) -> tuple[str, str, str]:
     table = rng.choice(TABLES[split])
     shape = rng.choices(list(SHAPES), weights=[weight for weight, _ in SHAPES.values()])[0]
     what, query = SHAPES[shape][1](rng, split, table)
-    return shape, FRAMES.pick(rng, split).format(what=what), f"{query};"
+    return shape, words.with_articles(FRAMES.pick(rng, split).format(what=what)), f"{query};"
 
 
 FRAMES = Wordings(
@@ -106,7 +106,11 @@ EQUALS = Wordings(
         "having '{value}' as {column}",
     ),
     validation=("where {column} equals '{value}'", "{prep} {column} '{value}'"),
-    test=("whose {column} is set to '{value}'", "with '{value}' as their {column}", "where the {column} reads '{value}'"),
+    test=(
+        "whose {column} is set to '{value}'",
+        "with '{value}' as their {column}",
+        "where the {column} reads '{value}'",
+    ),
 )
 
 DIFFERS = Wordings(
@@ -179,7 +183,12 @@ LIKES: Mapping[str, Wordings] = {
 }
 
 COLUMNS_OF = Wordings(
-    train=("the {columns} of all {table}", "the {columns} of {table}", "the {columns} for all {table}", "{table} {columns}"),
+    train=(
+        "the {columns} of all {table}",
+        "the {columns} of {table}",
+        "the {columns} for all {table}",
+        "{table} {columns}",
+    ),
     validation=("the {columns} for every one of the {table}",),
     test=("the {columns} of every record in {table}", "all {columns} of the {table}"),
 )
@@ -191,29 +200,50 @@ EVERYTHING = Wordings(
 )
 
 COUNTS = Wordings(
-    train=("the number of {table}", "how many {table} there are", "the count of {table}", "a count of all {table}"),
+    train=(
+        "the number of {table}",
+        "how many {table} there are",
+        "the count of {table}",
+        "a count of all {table}",
+    ),
     validation=("the total count of {table}",),
     test=("the total number of {table}", "the number of rows in {table}"),
 )
 
 AGGREGATES: Mapping[str, Wordings] = {
     "AVG": Wordings(
-        train=("the average {column} of {table}", "the average {column} of all {table}", "the mean {column} of {table}"),
+        train=(
+            "the average {column} of {table}",
+            "the average {column} of all {table}",
+            "the mean {column} of {table}",
+        ),
         validation=("the average {column} across {table}",),
         test=("the average {column} for all the {table}", "the mean {column} for the {table}"),
     ),
     "SUM": Wordings(
-        train=("the total {column} of {table}", "the sum of the {column} of all {table}", "the total {column} of all {table}"),
+        train=(
+            "the total {column} of {table}",
+            "the sum of the {column} of all {table}",
+            "the total {column} of all {table}",
+        ),
         validation=("the total {column} across {table}",),
         test=("the total {column} for all the {table}", "the summed {column} for the {table}"),
     ),
     "MAX": Wordings(
-        train=("the highest {column} of {table}", "the maximum {column} of all {table}", "the largest {column} of {table}"),
+        train=(
+            "the highest {column} of {table}",
+            "the maximum {column} of all {table}",
+            "the largest {column} of {table}",
+        ),
         validation=("the highest {column} across {table}",),
         test=("the highest {column} for all the {table}", "the maximum {column} for the {table}"),
     ),
     "MIN": Wordings(
-        train=("the lowest {column} of {table}", "the minimum {column} of all {table}", "the smallest {column} of {table}"),
+        train=(
+            "the lowest {column} of {table}",
+            "the minimum {column} of all {table}",
+            "the smallest {column} of {table}",
+        ),
         validation=("the lowest {column} across {table}",),
         test=("the lowest {column} for all the {table}", "the minimum {column} for the {table}"),
     ),
@@ -226,7 +256,11 @@ GROUPED = Wordings(
 )
 
 DISTINCT = Wordings(
-    train=("the distinct {columns} of {table}", "the unique {columns} of all {table}", "the different {columns} of {table}"),
+    train=(
+        "the distinct {columns} of {table}",
+        "the unique {columns} of all {table}",
+        "the different {columns} of {table}",
+    ),
     validation=("the distinct {columns} across {table}",),
     test=("all unique {columns} of the {table}", "each distinct {column} of the {table}"),
 )
@@ -238,7 +272,11 @@ SORTED: Mapping[str, Wordings] = {
         test=("arranged by {column} in descending order", "sorted by {column} from highest to lowest"),
     ),
     "ASC": Wordings(
-        train=("sorted by {column} in ascending order", "ordered by {column} from lowest to highest", "sorted by {column}"),
+        train=(
+            "sorted by {column} in ascending order",
+            "ordered by {column} from lowest to highest",
+            "sorted by {column}",
+        ),
         validation=("ordered by ascending {column}",),
         test=("arranged by {column} in ascending order", "sorted by {column} from lowest to highest"),
     ),
@@ -389,7 +427,7 @@ def _range(rng: random.Random, split: Split, table: Table) -> tuple[str, str]:
 def _pattern(rng: random.Random, split: Split, table: Table) -> tuple[str, str]:
     pattern, (column, _, value) = rng.choice(list(LIKES)), _literal(rng, split, table)
     length = rng.choice((1, 2, 3))
-    fragment = value[-length:] if pattern == "%{value}" else value[:length]
+    fragment = (value[-length:] if pattern == "%{value}" else value[:length]).strip()
     phrase = LIKES[pattern].pick(rng, split).format(column=_spoken(column), value=fragment)
     return phrase, f"{column} LIKE '{pattern.format(value=fragment)}'"
 
@@ -401,7 +439,9 @@ def _literal(rng: random.Random, split: Split, table: Table) -> tuple[str, str, 
 
 
 def plural(noun: str) -> str:
-    """English plural of a column's name; the last word carries it ("release year" → "release years")."""
+    """English plural of a column's name ("release year" → "release years"); one that is a plural already stays."""
+    if noun.endswith("s") and not noun.endswith(("ss", "us")):
+        return noun
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{noun[:-1]}ies"
     return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
@@ -429,62 +469,227 @@ def _table(name: str, label: str, texts: str, numbers: str) -> Table:
 
 TABLES: Mapping[Split, Sequence[Table]] = {
     "train": (
-        _table("customers", "name", "in city=CITIES, from country=COUNTRIES, with status=STATUSES", "age=18..95, balance=10..9000"),
-        _table("orders", "order_number", "with status=STATUSES, in region=REGIONS", "total=5..5000, quantity=1..99"),
-        _table("products", "name", "in category=CATEGORIES, of color=COLORS, of material=MATERIALS", "price=1..2000, stock=1..900"),
+        _table(
+            "customers",
+            "name",
+            "in city=CITIES, from country=COUNTRIES, with status=STATUSES",
+            "age=18..95, balance=10..9000",
+        ),
+        _table(
+            "orders",
+            "order_number",
+            "with status=STATUSES, in region=REGIONS",
+            "total=5..5000, quantity=1..99",
+        ),
+        _table(
+            "products",
+            "name",
+            "in category=CATEGORIES, of color=COLORS, of material=MATERIALS",
+            "price=1..2000, stock=1..900",
+        ),
         _table("students", "name", "in major=SUBJECTS, from country=COUNTRIES", "age=16..60, credits=5..240"),
-        _table("books", "title", "in genre=GENRES, by author=PEOPLE, in language=LANGUAGES", "pages=40..1500, price=3..120"),
+        _table(
+            "books",
+            "title",
+            "in genre=GENRES, by author=PEOPLE, in language=LANGUAGES",
+            "pages=40..1500, price=3..120",
+        ),
         _table("films", "title", "in genre=GENRES, by director=PEOPLE", "release_year=1950..2024, budget=1..300"),
         _table("cars", "model", "of brand=BRANDS, in color=COLORS", "mileage=10..250000, price=900..90000"),
-        _table("teachers", "last_name", "in school_subject=SUBJECTS, from city=CITIES", "experience=1..45, salary=20000..90000"),
-        _table("suppliers", "company_name", "in country=COUNTRIES, in industry=CATEGORIES", "rating=1..100, contract_value=500..99000"),
+        _table(
+            "teachers",
+            "last_name",
+            "in school_subject=SUBJECTS, from city=CITIES",
+            "experience=1..45, salary=20000..90000",
+        ),
+        _table(
+            "suppliers",
+            "company_name",
+            "in country=COUNTRIES, in industry=CATEGORIES",
+            "rating=1..100, contract_value=500..99000",
+        ),
         _table("invoices", "number", "with status=STATUSES, for client=COMPANIES", "amount=10..20000, tax=1..900"),
         _table("hotels", "name", "in city=CITIES, in country=COUNTRIES", "rating=1..100, room_count=5..900"),
-        _table("flights", "flight_number", "from origin=CITIES, to destination=CITIES, with airline=AIRLINES", "distance=100..9900, seat_count=20..500"),
+        _table(
+            "flights",
+            "flight_number",
+            "from origin=CITIES, to destination=CITIES, with airline=AIRLINES",
+            "distance=100..9900, seat_count=20..500",
+        ),
         _table("patients", "name", "with diagnosis_code=STATUSES, from city=CITIES", "age=1..99, weight=3..180"),
         _table("songs", "title", "in genre=GENRES, by artist=PEOPLE", "duration=60..900, play_count=1..90000"),
         _table("animals", "name", "of species=SPECIES, from habitat=REGIONS", "age=1..60, weight=1..900"),
-        _table("projects", "title", "in division=DIVISIONS, with status=STATUSES", "budget=100..90000, duration=1..60"),
-        _table("managers", "name", "in division=DIVISIONS, in office=CITIES", "salary=30000..200000, team_size=2..80"),
+        _table(
+            "projects",
+            "title",
+            "in division=DIVISIONS, with status=STATUSES",
+            "budget=100..90000, duration=1..60",
+        ),
+        _table(
+            "managers",
+            "name",
+            "in division=DIVISIONS, in office=CITIES",
+            "salary=30000..200000, team_size=2..80",
+        ),
         _table("stores", "name", "in region=REGIONS, in city=CITIES", "revenue=100..90000, floor_area=20..9000"),
-        _table("recipes", "title", "in cuisine=LANGUAGES, with category=CATEGORIES", "calories=50..1500, preparation_time=5..300"),
+        _table(
+            "recipes",
+            "title",
+            "in cuisine=LANGUAGES, with category=CATEGORIES",
+            "calories=50..1500, preparation_time=5..300",
+        ),
         _table("players", "name", "in team=TEAMS, from country=COUNTRIES", "goals=1..300, height=150..220"),
         _table("matches", "venue", "with winner=TEAMS, in city=CITIES", "attendance=100..90000, duration=60..200"),
         _table("courses", "title", "in subject=SUBJECTS, by instructor=PEOPLE", "credits=1..30, capacity=5..400"),
-        _table("tickets", "ticket_number", "with priority=COLORS, with status=STATUSES", "age=1..300, reply_count=1..90"),
-        _table("payments", "reference", "with currency=COUNTRIES, with method=MATERIALS, with status=STATUSES", "amount=1..9000, fee=1..200"),
-        _table("engineers", "name", "in team=TEAMS, in discipline=SUBJECTS", "experience=1..45, hourly_rate=15..400"),
-        _table("warehouses", "code", "in region=REGIONS, in country=COUNTRIES", "capacity=100..90000, worker_count=3..900"),
-        _table("subscriptions", "plan_name", "with status=STATUSES, in market=REGIONS", "monthly_fee=1..300, seat_count=1..900"),
-        _table("articles", "headline", "in section=CATEGORIES, by writer=PEOPLE, in language=LANGUAGES", "word_count=100..9000, view_count=1..99000"),
-        _table("trees", "common_name", "in park=VENUES, of species=MATERIALS", "height=1..110, trunk_width=5..400"),
-        _table("houses", "address", "in neighborhood=STREETS, with owner=PEOPLE", "price=40000..900000, bedroom_count=1..12"),
-        _table("drivers", "name", "in zone=REGIONS, with vehicle_brand=BRANDS", "rating=1..100, trip_count=1..9000"),
-        _table("museums", "name", "in city=CITIES, with theme=GENRES", "entry_fee=1..60, visitor_count=100..99000"),
-        _table("vendors", "name", "in sector=CATEGORIES, from country=COUNTRIES", "score=1..100, delivery_time=1..90"),
+        _table(
+            "tickets",
+            "ticket_number",
+            "with priority=COLORS, with status=STATUSES",
+            "age=1..300, reply_count=1..90",
+        ),
+        _table(
+            "payments",
+            "reference",
+            "with currency=COUNTRIES, with method=MATERIALS, with status=STATUSES",
+            "amount=1..9000, fee=1..200",
+        ),
+        _table(
+            "engineers",
+            "name",
+            "in team=TEAMS, in discipline=SUBJECTS",
+            "experience=1..45, hourly_rate=15..400",
+        ),
+        _table(
+            "warehouses",
+            "code",
+            "in region=REGIONS, in country=COUNTRIES",
+            "capacity=100..90000, worker_count=3..900",
+        ),
+        _table(
+            "subscriptions",
+            "plan_name",
+            "with status=STATUSES, in market=REGIONS",
+            "monthly_fee=1..300, seat_count=1..900",
+        ),
+        _table(
+            "articles",
+            "headline",
+            "in section=CATEGORIES, by writer=PEOPLE, in language=LANGUAGES",
+            "word_count=100..9000, view_count=1..99000",
+        ),
+        _table(
+            "trees",
+            "common_name",
+            "in park=VENUES, of species=MATERIALS",
+            "height=1..110, trunk_width=5..400",
+        ),
+        _table(
+            "houses",
+            "address",
+            "in neighborhood=STREETS, with owner=PEOPLE",
+            "price=40000..900000, bedroom_count=1..12",
+        ),
+        _table(
+            "drivers",
+            "name",
+            "in zone=REGIONS, with vehicle_brand=BRANDS",
+            "rating=1..100, trip_count=1..9000",
+        ),
+        _table(
+            "museums",
+            "name",
+            "in city=CITIES, with theme=GENRES",
+            "entry_fee=1..60, visitor_count=100..99000",
+        ),
+        _table(
+            "vendors",
+            "name",
+            "in sector=CATEGORIES, from country=COUNTRIES",
+            "score=1..100, delivery_time=1..90",
+        ),
         _table("nurses", "first_name", "in ward=DIVISIONS, on shift=WEATHER", "age=20..70, salary=20000..90000"),
-        _table("photos", "caption", "by photographer=PEOPLE, with license=COLORS", "width=100..9000, file_size=10..9000"),
-        _table("concerts", "title", "at hall=VENUES, in genre=GENRES", "ticket_price=5..400, attendance=50..50000"),
-        _table("phones", "model", "of manufacturer=COMPANIES, in color=COLORS", "price=50..2000, battery_life=5..90"),
-        _table("loans", "loan_number", "with branch=CITIES, with status=STATUSES", "amount=100..90000, interest_rate=1..25"),
-        _table("contractors", "name", "in trade=JOBS, from agency=COMPANIES", "daily_rate=50..2000, project_count=1..90"),
+        _table(
+            "photos",
+            "caption",
+            "by photographer=PEOPLE, with license=COLORS",
+            "width=100..9000, file_size=10..9000",
+        ),
+        _table(
+            "concerts",
+            "title",
+            "at hall=VENUES, in genre=GENRES",
+            "ticket_price=5..400, attendance=50..50000",
+        ),
+        _table(
+            "phones",
+            "model",
+            "of manufacturer=COMPANIES, in color=COLORS",
+            "price=50..2000, battery_life=5..90",
+        ),
+        _table(
+            "loans",
+            "loan_number",
+            "with branch=CITIES, with status=STATUSES",
+            "amount=100..90000, interest_rate=1..25",
+        ),
+        _table(
+            "contractors",
+            "name",
+            "in trade=JOBS, from agency=COMPANIES",
+            "daily_rate=50..2000, project_count=1..90",
+        ),
         _table("volunteers", "name", "in group=DIVISIONS, from town=CITIES", "age=16..90, hours=1..900"),
     ),
     "validation": (
         _table("farms", "name", "in county=REGIONS, with crop=DISHES", "acreage=5..9000, yield=10..900"),
-        _table("actors", "name", "from nationality=LANGUAGES, in agency=COMPANIES", "age=18..95, award_count=1..60"),
+        _table(
+            "actors",
+            "name",
+            "from nationality=LANGUAGES, in agency=COMPANIES",
+            "age=18..95, award_count=1..60",
+        ),
         _table("ships", "name", "with captain=PEOPLE, in port=CITIES", "tonnage=100..90000, speed=5..60"),
         _table("consultants", "name", "in practice=DIVISIONS, in office=CITIES", "fee=100..9000, rating=1..100"),
-        _table("machines", "serial_number", "in plant=REGIONS, with status=STATUSES", "power=1..900, weight=10..9000"),
+        _table(
+            "machines",
+            "serial_number",
+            "in plant=REGIONS, with status=STATUSES",
+            "power=1..900, weight=10..9000",
+        ),
     ),
     "test": (
-        _table("scientists", "name", "in laboratory=COMPANIES, in field=SUBJECTS", "citation_count=1..90000, age=22..95"),
-        _table("restaurants", "name", "in district=REGIONS, with cuisine_type=LANGUAGES", "seat_count=5..400, score=1..100"),
+        _table(
+            "scientists",
+            "name",
+            "in laboratory=COMPANIES, in field=SUBJECTS",
+            "citation_count=1..90000, age=22..95",
+        ),
+        _table(
+            "restaurants",
+            "name",
+            "in district=REGIONS, with cuisine_type=LANGUAGES",
+            "seat_count=5..400, score=1..100",
+        ),
         _table("bikes", "model", "in color=COLORS, of maker=BRANDS", "gear_count=1..30, price=90..9000"),
-        _table("lawyers", "last_name", "in firm=COMPANIES, in specialty=DIVISIONS", "hourly_rate=50..900, case_count=1..900"),
+        _table(
+            "lawyers",
+            "last_name",
+            "in firm=COMPANIES, in specialty=DIVISIONS",
+            "hourly_rate=50..900, case_count=1..900",
+        ),
         _table("paintings", "title", "by painter=PEOPLE, in style=GENRES", "height=10..400, value=100..900000"),
-        _table("trains", "route", "from station=CITIES, of operator=AIRLINES", "speed=40..400, passenger_count=10..900"),
+        _table(
+            "trains",
+            "route",
+            "from station=CITIES, of operator=AIRLINES",
+            "speed=40..400, passenger_count=10..900",
+        ),
         _table("technicians", "name", "in unit=DIVISIONS, at site=CITIES", "wage=10..90, overtime=1..80"),
-        _table("games", "title", "in genre=GENRES, by publisher=COMPANIES", "rating=1..100, download_count=10..90000"),
+        _table(
+            "games",
+            "title",
+            "in genre=GENRES, by publisher=COMPANIES",
+            "rating=1..100, download_count=10..90000",
+        ),
     ),
 }

@@ -2,8 +2,8 @@
 
 Everything is generated from fixed seeds, so the same examples come out on every machine. An answer is a deterministic
 function of its prompt (one canonical SQL, one canonical JSON), which makes exact match a fair measure. Training,
-validation and test share no literal value, no table, no frame and no wording; validation is for choices (the density), the
-test for the figures that are reported.
+validation and test share no literal value, no table, no frame and no wording; validation is for choices (the
+density), the test for the figures that are reported.
 """
 
 import random
@@ -73,7 +73,9 @@ ARTICLE_PATTERNS: Mapping[str, re.Pattern[str]] = {
     "the name Doe": re.compile(r"\bdoe\b", re.IGNORECASE),
     "the number 42": re.compile(r"(?<!\d)42(?!\d)"),
     "the article's SQL frame": re.compile(r"^Generate a SQL query to find the .* of all .* in the '", re.IGNORECASE),
-    "the article's JSON frame": re.compile(r"^Extract the .* from the following text: '.*Format the output", re.IGNORECASE),
+    "the article's JSON frame": re.compile(
+        r"^Extract the .* from the following text: '.*Format the output", re.IGNORECASE
+    ),
     "the article's sentence": re.compile(r"'[\w ]+ is \d+ years old\.'"),
 }
 
