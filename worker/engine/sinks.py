@@ -92,17 +92,20 @@ class FolderSink:
     """Writes into a hidden folder beside ``out`` which becomes ``out`` in one rename: nothing half-written is visible.
 
     Use as a context manager: leaving it without ``publish`` (or by an exception) removes everything.
-    Raises ``output_exists`` where ``out`` is there already and is not an empty folder.
+    Raises ``output_exists`` where ``out`` is there already and is not an empty folder, and OSError (ENOSPC) on entering
+    where its disk has fewer than ``needs`` bytes free.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out = out.absolute()
+    def __init__(self, out: Path, *, needs: int = 0) -> None:
+        self.out, self._needs = out.absolute(), needs
         self._refuse_existing()
         self._folder = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.part"
         self._made: list[Path] = []
 
     def __enter__(self) -> FolderSink:
         missing = [parent for parent in self.out.parents if not parent.exists()]
+        if shutil.disk_usage(self.out.parents[len(missing)]).free < self._needs:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._made = missing
         self._folder.mkdir(parents=True)
         return self
@@ -126,14 +129,14 @@ class FolderSink:
             raise
         _sync(self.out.parent)
 
-    def adopt(self, filename: str) -> StoredFile | None:
-        return None
+    def adopt(self, filename: str) -> StoredFile | None:  # noqa: ARG002
+        return None  # a folder holds one attempt
 
-    def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:
+    def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:  # noqa: ARG002
         return None
 
     def remember(self, filename: str, statistics: Mapping[str, TensorStatistics]) -> None:
-        return None
+        pass
 
     def create(self, filename: str, size: int) -> FileWriter:
         return LocalFile(self._folder / filename, name=filename, size=size)

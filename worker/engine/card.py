@@ -1,0 +1,83 @@
+"""The model card, ``README.md`` of a checkpoint: what was merged and how, without a time or a place in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from app.artifacts.manifest import SourceRecord, TensorStatistics
+from app.planning.plan import Plan
+
+CARD_NAME = "README.md"
+
+
+def model_card(plan: Plan, sources: Sequence[SourceRecord], statistics: Mapping[str, TensorStatistics]) -> str:
+    """Markdown with YAML front matter. The same plan and sources give the same text, to the byte.
+
+    ``sources``: the base first, then the recipe's sources in order.
+    """
+    front = {
+        "base_model": [plan.base.reference],
+        "library_name": "transformers",
+        "tags": ["mergeyard", "merge"],
+    }
+    parts = [
+        f"---\n{_yaml(front)}---\n",
+        "# A merged model\n",
+        f"Made by [Mergeyard](mergeyard.json) with the method `{plan.method}`. Fingerprint: `{plan.digest}`.\n",
+        "## Recipe\n",
+        f"```yaml\n{_yaml(plan.recipe)}```\n",
+        "## Sources\n",
+        _sources_table(sources),
+        "## What the merge did\n",
+        _summary(statistics),
+        _statistics_table(plan, statistics),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _sources_table(sources: Sequence[SourceRecord]) -> str:
+    rows = [
+        (record.role, record.reference, name, f"`{digest}`")
+        for record in sources
+        for name, digest in record.files.items()
+    ]
+    return _table(("role", "reference", "file", "sha256"), rows)
+
+
+def _summary(statistics: Mapping[str, TensorStatistics]) -> str:
+    if not statistics:
+        return "No tensor was changed.\n"
+    parameters = sum(entry.parameters for entry in statistics.values())
+    conflict = sum(entry.sign_conflict * entry.parameters for entry in statistics.values()) / max(parameters, 1)
+    norm = math.sqrt(sum(entry.merged_norm**2 for entry in statistics.values()))
+    return (
+        f"{len(statistics)} tensors with {parameters} parameters were merged. After the trim, the sources disagreed in "
+        f"sign on {conflict:.1%} of the parameters that any of them changed (mean over tensors, by size). "
+        f"The result differs from the base by {norm:.4g} (Euclidean norm).\n"
+    )
+
+
+def _statistics_table(plan: Plan, statistics: Mapping[str, TensorStatistics]) -> str:
+    rows = []
+    for index, source in enumerate(plan.sources):
+        touched = [(entry, entry.sources.index(index)) for entry in statistics.values() if index in entry.sources]
+        if not touched:
+            continue
+        values = sum(entry.parameters for entry, _ in touched)
+        trimmed = sum(entry.trimmed[place] * entry.parameters for entry, place in touched) / max(values, 1)
+        norm = math.sqrt(sum(entry.source_norms[place] ** 2 for entry, place in touched))
+        rows.append((source.reference, str(len(touched)), f"{trimmed:.1%}", f"{norm:.4g}"))
+    return _table(("source", "tensors", "trimmed", "norm of its task vector"), rows) if rows else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True, width=100))

@@ -1,0 +1,217 @@
+"""A plan in, files into a sink: the engine's public face. Knows no database, no HTTP and no queue."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import app
+from app.artifacts.manifest import MANIFEST_NAME, Manifest, SourceRecord, StoredFile, TensorStatistics
+from app.errors import MergeyardError
+from app.planning.plan import Plan, PlannedSource
+from app.sources.source import SourceFile
+from worker.engine.blocks import Crew
+from worker.engine.card import CARD_NAME, model_card
+from worker.engine.checkpoint import INDEX_NAME, index_of, json_bytes, write_file
+from worker.engine.deltas import DELTA_BUDGET
+from worker.engine.digests import DigestCache, SourceDigests
+from worker.engine.kernels import load
+from worker.engine.kernels.signature import Kernels
+from worker.engine.reader import Reader, moved, open_unmoved
+from worker.engine.sinks import FULL, FolderSink, Sink
+from worker.engine.stream import Control, Stream
+
+_PIECE = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOutput:
+    """What a merge wrote (all files but the manifest), read and found."""
+
+    files: tuple[StoredFile, ...]
+    sources: tuple[SourceRecord, ...]
+    statistics: Mapping[str, TensorStatistics]
+
+
+def run_merge(
+    plan: Plan,
+    sink: Sink,
+    *,
+    kernels: Kernels,
+    threads: int = 0,
+    control: Control,
+    digests: DigestCache,
+    delta_budget: int = DELTA_BUDGET,
+) -> MergeOutput:
+    """Merge into ``sink``: weights, index, config, companions and the model card.
+
+    ``threads`` 0 takes every core; neither it nor ``delta_budget`` (bytes of Δ kept between passes) changes a byte of
+    the result. Raises MergeyardError (``source_changed``, ``source_format``, ``source_not_finite``,
+    ``result_not_finite``, ``disk_full``, ``out_of_memory``) or what ``control.check`` raised.
+    """
+    with _user_errors(plan), contextlib.ExitStack() as stack:
+        control.stage("merging")
+        hashing = stack.enter_context(SourceDigests(_source_files(plan), digests))
+        crew = stack.enter_context(Crew(threads))
+        reader = stack.enter_context(Reader())
+        stream = Stream(
+            plan,
+            sink,
+            kernels=kernels,
+            crew=crew,
+            reader=reader,
+            control=control,
+            hashing=hashing,
+            delta_budget=delta_budget,
+        )
+        shards, statistics = stream.run()
+        sources = _source_records(plan, hashing.result())
+        reader.verify()
+        control.stage("publishing")
+        small = _write_small_files(plan, sink, model_card(plan, sources, statistics))
+    return MergeOutput(files=(*shards, *small), sources=sources, statistics=statistics)
+
+
+def build_manifest(plan: Plan, output: MergeOutput) -> Manifest:
+    """The manifest of what ``run_merge`` wrote."""
+    return Manifest(
+        fingerprint=plan.digest,
+        recipe=plan.recipe,
+        sources=output.sources,
+        files=output.files,
+        statistics=output.statistics,
+        versions=versions(),
+        warnings=tuple(warning.as_json() for warning in plan.warnings),
+    )
+
+
+def write_manifest(manifest: Manifest, sink: Sink) -> StoredFile:
+    """``mergeyard.json``, the last file of an artifact."""
+    return write_file(sink, MANIFEST_NAME, json_bytes(manifest.as_json()))
+
+
+def merge_to_folder(
+    plan: Plan,
+    out: Path,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+    digests: DigestCache | None = None,
+    delta_budget: int = DELTA_BUDGET,
+) -> Manifest:
+    """Merge into the folder ``out``, which appears whole or not at all.
+
+    Raises what ``run_merge`` raises, ``output_exists``, and ``not_supported`` for a device this version cannot use.
+    """
+    with _user_errors(plan), FolderSink(out, needs=plan.estimates.output_bytes) as sink:
+        output = run_merge(
+            plan,
+            sink,
+            kernels=load(device),
+            threads=threads,
+            control=_Onlooker(on_progress),
+            digests=digests or DigestCache(None),
+            delta_budget=delta_budget,
+        )
+        manifest = build_manifest(plan, output)
+        write_manifest(manifest, sink)
+        sink.publish()
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Of the engine and of what it calculates with."""
+    libraries = {name: version(name) for name in ("numba", "numpy", "torch")}
+    return {"mergeyard": app.__version__, "python": platform.python_version(), **libraries}
+
+
+@dataclass(frozen=True, slots=True)
+class _Onlooker:
+    """A Control that only watches."""
+
+    on_progress: Callable[[int, int], None] | None
+
+    def stage(self, name: str) -> None:
+        pass
+
+    def progress(self, bytes_done: int, bytes_total: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(bytes_done, bytes_total)
+
+    def check(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _user_errors(plan: Plan) -> Iterator[None]:
+    """What the operating system says of space and memory, as errors with a code."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise MergeyardError(
+            "disk_full",
+            f"The result needs {plan.estimates.output_bytes} bytes, and the output's disk or quota has no room left; "
+            "free some space and merge again.",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for this on the CPU
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise MergeyardError(
+            "out_of_memory",
+            f"The merge takes about {plan.estimates.peak_memory_bytes} bytes of memory, more than there is.",
+        ) from error
+
+
+def _source_files(plan: Plan) -> Iterator[SourceFile]:
+    for source in (plan.base, *plan.sources):
+        yield from source.files
+
+
+def _source_records(plan: Plan, digests: Mapping[SourceFile, str]) -> tuple[SourceRecord, ...]:
+    """The base first, then the sources in the recipe's order."""
+
+    def record(source: PlannedSource) -> SourceRecord:
+        files = {file.path.name: digests[file] for file in source.files}
+        return SourceRecord(reference=source.reference, role=source.role, files=files)
+
+    return tuple(record(source) for source in (plan.base, *plan.sources))
+
+
+def _write_small_files(plan: Plan, sink: Sink, card: str) -> list[StoredFile]:
+    """Index, documents, companions and the card, in an order that the plan alone decides."""
+    own = {name: json_bytes(value) for name, value in plan.documents.items()}
+    if (index := index_of(plan)) is not None:
+        own[INDEX_NAME] = index
+    own[CARD_NAME] = card.encode()
+    stored = [write_file(sink, name, content) for name, content in own.items()]
+    reserved = {*own, INDEX_NAME, MANIFEST_NAME, *(shard.filename for shard in plan.shards)}
+    for companion in plan.companions:
+        if companion.path.name not in reserved:
+            stored.append(_copy(companion, sink))
+    return stored
+
+
+def _copy(companion: SourceFile, sink: Sink) -> StoredFile:
+    """Byte for byte, in pieces. Raises ``source_changed`` where the bytes are not the planned ones."""
+    writer = sink.create(companion.path.name, companion.size)
+    try:
+        with os.fdopen(open_unmoved(companion, with_header=False), "rb") as stream:
+            while piece := stream.read(_PIECE):
+                writer.write(memoryview(piece))
+        stored = writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    if stored.sha256 != companion.header_sha256:
+        raise moved(companion)
+    return stored

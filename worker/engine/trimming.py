@@ -1,0 +1,293 @@
+"""The passes before a merge: which values of each source survive the trim, and the model's majority sign.
+
+A scope is the tensors that one threshold spans: one tensor, or all of the model in the order of their names. It is
+swept a few times, each time block by block with Δ formed or reused bit for bit; nothing is ever concatenated.
+Whatever order threads finish in, counts are whole numbers and float sums are added up in block order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, LifoQueue
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+
+from app.planning.plan import Contribution, TensorPlan
+from worker.engine.blocks import Block, Crew
+from worker.engine.deltas import Deltas, ScratchPool, TensorDeltas
+from worker.engine.kernels.selection import coarse_bin, fine_threshold
+from worker.engine.kernels.signature import (
+    COARSE_BINS,
+    FINE_BINS,
+    KEEP_ALL,
+    KEEP_NONE,
+    Kernels,
+    Rule,
+    Trim,
+)
+from worker.engine.methods import Method
+
+_ALL_EQUALS = (1 << 31) - 1  # no block has more values
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True, kw_only=True)
+class SourceTrim:
+    """What survives of one source in one tensor. ``equals`` is per block, or the same in all."""
+
+    threshold: int
+    equals: array[int] | int
+    rescale: float = 1.0
+
+    def at(self, block: Block) -> Trim:
+        equals = self.equals if isinstance(self.equals, int) else self.equals[block.index]
+        return Trim(threshold=self.threshold, equals=equals, rescale=self.rescale)
+
+
+@dataclass(slots=True)
+class _Search:
+    """Looks for one source's threshold over a scope: the ``k``-th largest of ``values`` magnitudes."""
+
+    slot: int  # its row in the counts
+    values: int = 0
+    k: int = 0
+    prefix: int = 0
+    k_left: int = 0
+    threshold: int = -1
+    equals_kept: int = 0
+    equals_present: int = 0
+    equals: dict[str, array[int]] = field(default_factory=dict)  # by tensor, where some must go
+    rescale: float = 1.0
+
+    @property
+    def open(self) -> bool:
+        return 0 < self.k < self.values
+
+    @property
+    def divides_equals(self) -> bool:
+        return self.open and self.equals_kept < self.equals_present
+
+    def trim(self, tensor: TensorPlan) -> SourceTrim | None:
+        """What is known so far, for one tensor."""
+        if self.k >= self.values:
+            return None
+        if self.k <= 0:
+            return SourceTrim(threshold=KEEP_NONE.threshold, equals=0)
+        equals = self.equals.get(tensor.name, _ALL_EQUALS)
+        return SourceTrim(threshold=self.threshold, equals=equals, rescale=self.rescale)
+
+
+Pulse: TypeAlias = Callable[[TensorPlan, Block], None]  # told of each block done
+TensorTrims: TypeAlias = Sequence[SourceTrim | None]  # one a contribution; None keeps everything
+
+
+def trims_at(trims: TensorTrims, block: Block) -> list[Trim]:
+    return [KEEP_ALL if trim is None else trim.at(block) for trim in trims]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """Sweeps over Δ. ``pulse`` is called on the caller's thread after each block of a sweep, in block order."""
+
+    method: Method
+    kernels: Kernels
+    deltas: Deltas
+    crew: Crew
+    scratches: ScratchPool
+    sources: int  # in the recipe
+
+    def sweep(
+        self,
+        scope: Sequence[TensorPlan],
+        work: Callable[[TensorPlan, Block, torch.Tensor], Result],
+        pulse: Pulse,
+    ) -> Iterator[tuple[TensorPlan, Block, Result]]:
+        """``work`` on the Δ (N, n) of every block of every tensor, side by side; results in order."""
+        for tensor in scope:
+            for block, result in self.crew.in_order(self._over(tensor, work), self.open(tensor).blocks):
+                pulse(tensor, block)
+                yield tensor, block, result
+
+    def open(self, tensor: TensorPlan) -> TensorDeltas:
+        """The tensor's task vectors, scaled first where the method wants that."""
+        weights = [1.0] * len(tensor.contributions)
+        if self.method.needs(tensor).prescale:
+            weights = [contribution.parameters["weight"] for contribution in tensor.contributions]
+        return self.deltas.open(tensor, weights)
+
+    def select(self, scope: Sequence[TensorPlan], pulse: Pulse) -> dict[str, TensorTrims]:
+        """The exact trim of every tensor in ``scope``, by name.
+
+        Up to four sweeps: two levels of the threshold's bits, equal magnitudes where only some of them stay (the
+        lowest flat indices do), and the L1 norms where ``rescale`` needs them.
+        """
+        searches = self._searches(scope)
+        if any(search.open for search in searches.values()):
+            self._find_thresholds(scope, searches, pulse)
+            if any(search.divides_equals for search in searches.values()):
+                self._divide_equals(scope, searches, pulse)
+            if any(self.method.needs(tensor).rescale for tensor in scope):
+                self._find_rescales(scope, searches, pulse)
+        return {tensor.name: _trims(tensor, searches) for tensor in scope}
+
+    def balance(self, tensor: TensorPlan, trims: TensorTrims, pulse: Pulse) -> int:
+        """The sum of the elected signs of a tensor: its part in the model's majority sign."""
+        weights, rule = self.method.weights(tensor), self.rule(tensor)
+
+        def elect(_tensor: TensorPlan, block: Block, deltas: torch.Tensor) -> int:
+            return self.kernels.elected_balance(deltas, trims_at(trims, block), weights, rule)
+
+        return sum(balance for _, _, balance in self.sweep([tensor], elect, pulse))
+
+    def trims_of(self, tensor: TensorPlan, pulse: Pulse) -> TensorTrims:
+        """The trims of a tensor whose thresholds, if any, span only itself."""
+        if self.method.needs(tensor).trim == "none":
+            return [None] * len(tensor.contributions)
+        return self.select([tensor], pulse)[tensor.name]
+
+    def rule(self, tensor: TensorPlan, zero_sign: Literal[1, -1] = 1) -> Rule:
+        return self.method.rule(tensor, zero_sign, sources=self.sources)
+
+    def _searches(self, scope: Sequence[TensorPlan]) -> dict[int, _Search]:
+        """By source: those that change anything in the scope; n is the size of the tensors each one touches."""
+        searches: dict[int, _Search] = {}
+        for tensor in scope:
+            for contribution in filter(_changes, tensor.contributions):
+                search = searches.setdefault(contribution.source, _Search(slot=len(searches)))
+                search.values += math.prod(tensor.shape)
+        for tensor in scope:
+            for contribution in filter(_changes, tensor.contributions):
+                search = searches[contribution.source]
+                search.k = self.method.keep_count(tensor, contribution, search.values)
+        return searches
+
+    def _find_thresholds(self, scope: Sequence[TensorPlan], searches: dict[int, _Search], pulse: Pulse) -> None:
+        coarse = self._histograms(scope, searches, COARSE_BINS, pulse)
+        for search in filter(_is_open, searches.values()):
+            search.prefix, search.k_left = coarse_bin(coarse[search.slot], search.k)
+        fine = self._histograms(scope, searches, FINE_BINS, pulse)
+        for search in filter(_is_open, searches.values()):
+            search.threshold, search.equals_kept, search.equals_present = fine_threshold(
+                fine[search.slot], search.prefix, search.k_left
+            )
+
+    def _histograms(
+        self,
+        scope: Sequence[TensorPlan],
+        searches: dict[int, _Search],
+        bins: int,
+        pulse: Pulse,
+    ) -> torch.Tensor:
+        """int64 (sources, bins)."""
+        counts = _Counts(len(searches), bins)
+
+        def count(tensor: TensorPlan, _block: Block, deltas: torch.Tensor) -> None:
+            with counts.borrow() as held:
+                for index, search in _open_searches(tensor, searches):
+                    prefix = None if bins == COARSE_BINS else search.prefix
+                    self.kernels.histogram(deltas[index], held[search.slot], prefix)
+
+        for _ in self.sweep(scope, count, pulse):
+            pass
+        return counts.total()
+
+    def _divide_equals(self, scope: Sequence[TensorPlan], searches: dict[int, _Search], pulse: Pulse) -> None:
+        left = {search.slot: search.equals_kept for search in searches.values()}
+
+        def count(tensor: TensorPlan, _block: Block, deltas: torch.Tensor) -> list[tuple[_Search, int]]:
+            return [
+                (search, self.kernels.count_equal(deltas[index], search.threshold))
+                for index, search in _open_searches(tensor, searches)
+                if search.divides_equals
+            ]
+
+        for tensor, _, found in self.sweep(scope, count, pulse):
+            for search, present in found:
+                kept = min(left[search.slot], present)
+                left[search.slot] -= kept
+                search.equals.setdefault(tensor.name, array("q")).append(kept)
+
+    def _find_rescales(self, scope: Sequence[TensorPlan], searches: dict[int, _Search], pulse: Pulse) -> None:
+        before = dict.fromkeys(searches, 0.0)
+        after = dict.fromkeys(searches, 0.0)
+
+        def norms(tensor: TensorPlan, block: Block, deltas: torch.Tensor) -> list[tuple[int, float, float]]:
+            found = []
+            for index, search in _open_searches(tensor, searches):
+                trim = search.trim(tensor)
+                assert trim is not None  # an open search trims
+                everything = self.kernels.kept_l1(deltas[index], KEEP_ALL)
+                kept = self.kernels.kept_l1(deltas[index], trim.at(block))
+                found.append((tensor.contributions[index].source, everything, kept))
+            return found
+
+        for _, _, sums in self.sweep(scope, norms, pulse):
+            for source, everything, kept in sums:
+                before[source] += everything
+                after[source] += kept
+        for source, search in searches.items():
+            if search.open and after[source] > 0:
+                search.rescale = before[source] / after[source]
+
+    def _over(
+        self, tensor: TensorPlan, work: Callable[[TensorPlan, Block, torch.Tensor], Result]
+    ) -> Callable[[Block], tuple[Block, Result]]:
+        opened = self.open(tensor)
+
+        def of_block(block: Block) -> tuple[Block, Result]:
+            with self.scratches.borrow() as scratch:
+                return block, work(tensor, block, opened.of(block, scratch))
+
+        return of_block
+
+
+class _Counts:
+    """One set of histograms a thread, added up at the end: whole numbers, so any order gives the same sums."""
+
+    def __init__(self, rows: int, bins: int) -> None:
+        self._shape = (rows, bins)
+        self._free: LifoQueue[torch.Tensor] = LifoQueue()
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[torch.Tensor]:
+        try:
+            counts = self._free.get_nowait()
+        except Empty:
+            counts = torch.zeros(self._shape, dtype=torch.int64)
+        yield counts
+        self._free.put(counts)
+
+    def total(self) -> torch.Tensor:
+        total = torch.zeros(self._shape, dtype=torch.int64)
+        while not self._free.empty():
+            total += self._free.get()
+        return total
+
+
+def _changes(contribution: Contribution) -> bool:
+    """A source without δ here is all zeros: it has nothing to trim and is no part of a task vector."""
+    return contribution.full is not None or contribution.lora is not None
+
+
+def _is_open(search: _Search) -> bool:
+    return search.open
+
+
+def _open_searches(tensor: TensorPlan, searches: dict[int, _Search]) -> Iterator[tuple[int, _Search]]:
+    """The tensor's contributions whose threshold is looked for: their index in the tensor, and the search."""
+    for index, contribution in enumerate(tensor.contributions):
+        if _changes(contribution) and searches[contribution.source].open:
+            yield index, searches[contribution.source]
+
+
+def _trims(tensor: TensorPlan, searches: dict[int, _Search]) -> TensorTrims:
+    return [
+        searches[contribution.source].trim(tensor) if _changes(contribution) else None
+        for contribution in tensor.contributions
+    ]
