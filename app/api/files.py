@@ -1,0 +1,79 @@
+"""/merges/{id}/files and archive.tar. File names are looked up in the record, never joined to a path."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import PurePosixPath
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from app.api.archive import tar_segments
+from app.api.merges import Id, Problem
+from app.api.schemas import FileList
+from app.api.service import Serving
+from app.api.transfer import Stored, serve
+from app.errors import MergeyardError
+
+Responses = dict[int | str, dict[str, Any]]
+
+# Everything else goes out as bytes: a browser must never run what came with somebody's model.
+CONTENT_TYPES = {
+    ".json": "application/json",
+    ".md": "text/markdown; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
+}
+PARTS: Responses = {206: {"description": "The range that was asked for"}, 304: {"description": "The ETag still holds"}}
+
+router = APIRouter(prefix="/merges/{id}", tags=["files"])
+
+
+@router.get("/files", response_model=FileList, summary="List the files", responses={404: Problem, 409: Problem})
+def list_files(id: Id, serving: Serving, response: Response) -> FileList:
+    """The artifact's files with their sizes and digests. 409 until the merge has succeeded."""
+    job, files = serving.published(id)
+    assert job.artifact is not None
+    manifest_sha256 = job.artifact["manifest_sha256"]
+    response.headers["ETag"] = f'"{manifest_sha256}"'
+    return FileList.of(id, files, manifest_sha256)
+
+
+@router.api_route(
+    "/files/{path:path}",
+    methods=["GET", "HEAD"],
+    response_class=Response,
+    summary="Download a file",
+    responses={**PARTS, 404: Problem, 409: Problem, 416: Problem},
+)
+async def download(id: Id, path: str, request: Request, serving: Serving) -> Response:
+    """Takes Range, If-Range and If-None-Match; `ETag` is the quoted sha256, `Repr-Digest` the same in base64."""
+    _, files = await run_in_threadpool(serving.published, id)
+    file = files.get(path)
+    if file is None:
+        raise MergeyardError("not_found", f"The merge has no file of that name; GET /merges/{id}/files lists them.")
+    digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
+    headers = {
+        "Content-Type": CONTENT_TYPES.get(PurePosixPath(file.name).suffix, "application/octet-stream"),
+        "Repr-Digest": f"sha-256=:{digest}:",
+    }
+    return await serve(request, [Stored(file.key, file.size)], serving.store, etag=f'"{file.sha256}"', headers=headers)
+
+
+@router.api_route(
+    "/archive.tar",
+    methods=["GET", "HEAD"],
+    response_class=Response,
+    summary="Download everything as one tar",
+    responses={**PARTS, 404: Problem, 409: Problem, 416: Problem},
+)
+async def archive(id: Id, request: Request, serving: Serving) -> Response:
+    """Streamed with its exact length, resumable like any file; the same artifact always gives the same bytes."""
+    job, files = await run_in_threadpool(serving.published, id)
+    assert job.artifact is not None
+    headers = {
+        "Content-Type": "application/x-tar",
+        "Content-Disposition": f'attachment; filename="{id}.tar"',
+    }
+    etag = f'"tar-{job.artifact["manifest_sha256"]}"'
+    return await serve(request, tar_segments(files.values()), serving.store, etag=etag, headers=headers)

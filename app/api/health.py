@@ -1,0 +1,40 @@
+"""/healthz says that the process lives, /readyz that it can do its work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import APIRouter
+
+import app
+from app.api.merges import Problem
+from app.api.schemas import Health, Readiness
+from app.api.service import Serving
+from app.errors import MergeyardError
+from app.errors import Problem as Finding
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", response_model=Health, summary="Is the process alive?")
+def healthz() -> Health:
+    return Health(status="ok", version=app.__version__)
+
+
+@router.get("/readyz", response_model=Readiness, summary="Can it work?", responses={503: Problem})
+def readyz(serving: Serving) -> Readiness:
+    """The database answers and is migrated, the queue answers, the store takes writes; 503 names what does not."""
+    checks: dict[str, Callable[[], None]] = {
+        "database": serving.database.check,
+        "queue": serving.bell.check,
+        "store": serving.check_store,
+    }
+    findings = []
+    for part, check in checks.items():
+        try:
+            check()
+        except MergeyardError as error:
+            findings.append(Finding(code=error.code, message=error.message, where=part))
+    if findings:
+        raise MergeyardError.of(findings)
+    return Readiness(status="ok", database="ok", queue="ok", store="ok")

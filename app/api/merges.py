@@ -1,0 +1,196 @@
+"""/merges: submit, plan, list, look at, cancel and delete."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+
+from app.api.envelope import Body, Envelope, Submission, read_submission, submitted
+from app.api.examples import submission_body
+from app.api.ranges import none_match
+from app.api.schemas import (
+    EventPage,
+    Merge,
+    MergeEvent,
+    MergePage,
+    MergePlan,
+    MergeSummary,
+    ProblemDocument,
+    estimates,
+    merge_url,
+)
+from app.api.service import OWNER, Serving
+from app.errors import MergeyardError
+from app.planning.plan import Plan
+from app.planning.planner import make_plan
+from app.records.job import Idempotency, Job, NewJob, Status
+
+POLL_SECONDS = 1  # Retry-After of an unfinished merge; a worker writes its progress at most twice a second
+KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+Id = Annotated[str, Path(pattern=r"^[\w.-]{1,96}$", description="The id that POST /merges answered with")]
+Problem = {"model": ProblemDocument, "content": {"application/problem+json": {}}}
+
+router = APIRouter(prefix="/merges", tags=["merges"])
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=Merge,
+    summary="Submit a merge",
+    responses={413: Problem, 415: Problem, 422: Problem},
+    openapi_extra=submission_body(Envelope.model_json_schema()),
+)
+def submit(
+    body: Body,
+    serving: Serving,
+    response: Response,
+    idempotency_key: Annotated[
+        str | None, Header(description="Makes a retry safe: the same key and request give the same merge")
+    ] = None,
+) -> Merge:
+    """Check the recipe against the real files and queue it. Everything wrong with it is answered at once (422), with
+    places; what is accepted (202) reaches exactly one of succeeded, failed, cancelled.
+    """
+    submission = read_submission(*body)
+    idempotency = _idempotency(idempotency_key, submission)
+    # Before planning: a retry must find its merge even where the files have changed or gone since.
+    job = serving.jobs.earlier(idempotency) if idempotency else None
+    if job is None:
+        plan = make_plan(submission.recipe, serving.resolver)
+        job, created = serving.jobs.submit(
+            _new_job(submission, plan, serving.settings.max_attempts), idempotency=idempotency
+        )
+        if created:
+            serving.ring(job)
+    response.headers["Location"] = merge_url(job.id)
+    _describe(response, job)
+    return Merge.of(job)
+
+
+@router.post(
+    "/plan",
+    response_model=MergePlan,
+    summary="Plan a merge",
+    responses={413: Problem, 415: Problem, 422: Problem},
+    openapi_extra=submission_body(Envelope.model_json_schema()),
+)
+def plan(body: Body, serving: Serving) -> MergePlan:
+    """Everything POST /merges would check, and what the merge would take, without queueing anything."""
+    submission = read_submission(*body)
+    return MergePlan.of(make_plan(submission.recipe, serving.resolver))
+
+
+@router.get("", response_model=MergePage, summary="List merges", responses={422: Problem})
+def list_merges(  # noqa: PLR0917 (one parameter a query parameter; FastAPI passes them by name)
+    request: Request,
+    response: Response,
+    serving: Serving,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: Annotated[str | None, Query(max_length=500, description="The `next_cursor` of the page before")] = None,
+    status: Annotated[list[Status] | None, Query(description="May be given several times")] = None,
+    method: Annotated[str | None, Query(pattern=r"^[a-z0-9_]{1,64}$")] = None,
+) -> MergePage:
+    """Newest first. `Link: rel="next"` leads to the next page."""
+    page = serving.jobs.list(status=status, method=method, limit=limit, cursor=cursor)
+    if page.next_cursor:
+        kept = [(key, value) for key, value in request.query_params.multi_items() if key != "cursor"]
+        query = urlencode([*kept, ("cursor", page.next_cursor)])
+        response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
+    return MergePage(items=[MergeSummary.of(job) for job in page.jobs], next_cursor=page.next_cursor)
+
+
+@router.get("/{id}", response_model=Merge, summary="Look at a merge", responses={404: Problem})
+def get_merge(
+    id: Id,
+    serving: Serving,
+    response: Response,
+    if_none_match: Annotated[str | None, Header(description="The ETag seen last: 304 while nothing changed")] = None,
+) -> Any:
+    """Poll this. `Retry-After` says when it is worth asking again; it is absent once the merge has finished."""
+    job = serving.jobs.get(id)
+    if none_match(if_none_match, _etag(job)):
+        unchanged = Response(status_code=304)
+        _describe(unchanged, job)
+        return unchanged
+    _describe(response, job)
+    return Merge.of(job)
+
+
+@router.get("/{id}/events", response_model=EventPage, summary="What happened to a merge", responses={404: Problem})
+def events(
+    id: Id,
+    serving: Serving,
+    after: Annotated[int, Query(ge=0, lt=1 << 62, description="Only events with a greater id")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+) -> EventPage:
+    """Append-only, in order. Ask again with `after` to see what is new."""
+    found = serving.jobs.events(id, after=after, limit=limit)
+    return EventPage(items=[MergeEvent.of(event) for event in found], after=found[-1].id if found else after)
+
+
+@router.post(
+    "/{id}/cancel",
+    status_code=202,
+    response_model=Merge,
+    summary="Cancel a merge",
+    responses={404: Problem, 409: Problem},
+)
+def cancel(id: Id, serving: Serving, response: Response) -> Merge:
+    """Idempotent. A running merge stops at the next tile; one that already succeeded or failed is a 409."""
+    job = serving.jobs.request_cancel(id)
+    _describe(response, job)
+    return Merge.of(job)
+
+
+@router.delete(
+    "/{id}", status_code=204, response_class=Response, summary="Delete a merge", responses={404: Problem, 409: Problem}
+)
+def delete(id: Id, serving: Serving) -> None:
+    """Removes a finished merge with its artifact. Unfinished ones are a 409: cancel them first."""
+    serving.discard(serving.jobs.delete(id))
+
+
+def _idempotency(key: str | None, submission: Submission) -> Idempotency | None:
+    if key is None:
+        return None
+    if not KEY.fullmatch(key):
+        message = "An Idempotency-Key is 1 to 255 printable ASCII characters without spaces."
+        raise MergeyardError("request_invalid", message, where="header.Idempotency-Key")
+    request_hash = hashlib.sha256(submission.canonical()).hexdigest()
+    return Idempotency(owner=OWNER, key=key, request_hash=request_hash)
+
+
+def _new_job(submission: Submission, plan: Plan, max_attempts: int) -> NewJob:
+    envelope = submission.envelope
+    return NewJob(
+        recipe=submitted(submission.recipe),
+        resolved=plan.recipe,
+        method=plan.method,
+        plan_digest=plan.digest,
+        estimates=estimates(plan),
+        warnings=[warning.as_json() for warning in plan.warnings],
+        total_bytes=plan.estimates.output_bytes,
+        queue=envelope.queue,
+        priority=envelope.priority,
+        owner=OWNER,
+        labels=envelope.labels,
+        max_attempts=max_attempts,
+        pinned=envelope.pinned,
+    )
+
+
+def _describe(response: Response, job: Job) -> None:
+    response.headers["ETag"] = _etag(job)
+    response.headers["Cache-Control"] = "private, no-cache"
+    if not job.status.finished:
+        response.headers["Retry-After"] = str(POLL_SECONDS)
+
+
+def _etag(job: Job) -> str:
+    return f'W/"{job.version}"'

@@ -1,0 +1,380 @@
+"""What the API answers with, as it is documented: one model a document, made from the records' frozen values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.artifacts.manifest import StoredFile
+from app.planning.plan import Contribution, Plan, PlannedSource, ShardPlan
+from app.records.job import Event, Job, Stage, Status
+from app.sources.catalogue import CatalogueEntry
+from app.sources.safetensors import DTYPE_BYTES
+from app.sources.uploads import Upload
+
+
+class Document(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ProblemItem(Document):
+    """One thing that is wrong, and where."""
+
+    code: str = Field(examples=["parameter_invalid"])
+    message: str
+    where: str = Field(examples=["models[1].parameters.density"])
+
+
+class ProblemDocument(Document):
+    """RFC 9457. ``detail`` and ``where`` are the first problem's; ``problems`` has all of them."""
+
+    type: str = Field(examples=["urn:mergeyard:problem:parameter_invalid"])
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    where: str
+    fault: str = Field(description="user: change the request. system: try again, or tell the operator.")
+    problems: list[ProblemItem]
+    request_id: str
+
+
+class Progress(Document):
+    """Bytes of the result written so far. ``fraction`` is between 0 and 1."""
+
+    bytes_done: int
+    bytes_total: int
+    fraction: float
+
+
+class Failure(Document):
+    """Why a merge failed."""
+
+    code: str
+    title: str
+    detail: str
+    where: str
+    fault: str
+    problems: list[ProblemItem]
+
+
+class ArtifactSummary(Document):
+    """What a succeeded merge published. ``size`` is the bytes of all files, the manifest's included."""
+
+    size: int
+    files: int
+    manifest_sha256: str
+
+
+class MergeUrls(Document):
+    self: str
+    events: str
+    cancel: str
+    files: str
+    archive: str
+
+
+class MergeSummary(Document):
+    """A merge as lists show it."""
+
+    id: str
+    kind: str
+    status: Status
+    stage: Stage | None
+    method: str
+    queue: str
+    priority: int
+    labels: dict[str, str]
+    attempt: int
+    max_attempts: int
+    progress: Progress
+    error: Failure | None
+    artifact: ArtifactSummary | None
+    fingerprint: str = Field(description="sha256 over the resolved recipe, its files' pins and the engine's version")
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    updated_at: datetime
+    urls: MergeUrls
+
+    @classmethod
+    def of(cls, job: Job) -> MergeSummary:
+        return cls(**_summary(job))
+
+
+class Merge(MergeSummary):
+    """A merge: one job, from its recipe to its artifact."""
+
+    recipe: dict[str, Any] = Field(description="As submitted")
+    resolved: dict[str, Any] = Field(description="Every reference canonical, every default written out")
+    estimates: dict[str, int]
+    warnings: list[ProblemItem]
+
+    @classmethod
+    def of(cls, job: Job) -> Merge:
+        return cls(
+            **_summary(job),
+            recipe=dict(job.recipe),
+            resolved=dict(job.resolved),
+            estimates=dict(job.estimates),
+            warnings=[ProblemItem(**warning) for warning in job.warnings],
+        )
+
+
+class MergePage(Document):
+    """One page, newest first. ``next_cursor`` is null on the last page."""
+
+    items: list[MergeSummary]
+    next_cursor: str | None
+
+
+class MergeEvent(Document):
+    """Something that happened to a merge. ``id`` grows; ``type`` is stable."""
+
+    id: int
+    type: str
+    at: datetime
+    data: dict[str, Any]
+
+    @classmethod
+    def of(cls, event: Event) -> MergeEvent:
+        return cls(id=event.id, type=event.type, at=event.at, data=dict(event.data))
+
+
+class EventPage(Document):
+    """Events in order. ``after`` is what to ask for next time: the last id seen."""
+
+    items: list[MergeEvent]
+    after: int
+
+
+class FileEntry(Document):
+    name: str
+    size: int
+    sha256: str
+    url: str
+
+
+class FileList(Document):
+    """The artifact's files, the manifest (mergeyard.json) first. ``manifest_sha256`` names the whole artifact."""
+
+    items: list[FileEntry]
+    size: int
+    manifest_sha256: str
+
+    @classmethod
+    def of(cls, job_id: str, files: Mapping[str, StoredFile], manifest_sha256: str) -> FileList:
+        items = [
+            FileEntry(name=file.name, size=file.size, sha256=file.sha256, url=file_url(job_id, file.name))
+            for file in files.values()
+        ]
+        return cls(items=items, size=sum(file.size for file in items), manifest_sha256=manifest_sha256)
+
+
+class PlannedSourceDocument(Document):
+    reference: str
+    role: str
+    size: int
+    files: list[str]
+
+    @classmethod
+    def of(cls, source: PlannedSource) -> PlannedSourceDocument:
+        return cls(
+            reference=source.reference,
+            role=source.role,
+            size=sum(file.size for file in source.files),
+            files=[file.path.name for file in source.files],
+        )
+
+
+class PlannedTensor(Document):
+    """A tensor that the merge changes. ``sources`` are indices into the plan's ``sources``."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    sources: list[int]
+
+
+class PlannedShard(Document):
+    """An output file. ``size`` is the bytes of its tensors."""
+
+    filename: str
+    tensors: int
+    size: int
+
+
+class MergePlan(Document):
+    """What a merge would do, found from headers alone."""
+
+    method: str
+    fingerprint: str
+    base: PlannedSourceDocument
+    sources: list[PlannedSourceDocument]
+    touched: list[PlannedTensor]
+    shards: list[PlannedShard]
+    estimates: dict[str, int]
+    warnings: list[ProblemItem]
+    recipe: dict[str, Any] = Field(description="The resolved recipe: it can be submitted as it is")
+
+    @classmethod
+    def of(cls, plan: Plan) -> MergePlan:
+        touched = [
+            PlannedTensor(
+                name=tensor.name,
+                shape=list(tensor.shape),
+                dtype=tensor.dtype,
+                sources=[part.source for part in tensor.contributions if _changes(part)],
+            )
+            for tensor in plan.tensors
+            if any(_changes(part) for part in tensor.contributions)
+        ]
+        return cls(
+            method=plan.method,
+            fingerprint=plan.digest,
+            base=PlannedSourceDocument.of(plan.base),
+            sources=[PlannedSourceDocument.of(source) for source in plan.sources],
+            touched=touched,
+            shards=[_shard(shard) for shard in plan.shards],
+            estimates=estimates(plan),
+            warnings=[ProblemItem(**warning.as_json()) for warning in plan.warnings],
+            recipe=dict(plan.recipe),
+        )
+
+
+class UploadedFile(Document):
+    name: str
+    size: int
+    sha256: str
+
+
+class UploadDocument(Document):
+    """A model or adapter that was uploaded. ``reference`` goes into recipes."""
+
+    reference: str = Field(examples=["upload:sha256-9f2c…"])
+    kind: str = Field(description="model or adapter")
+    files: list[UploadedFile]
+
+    @classmethod
+    def of(cls, upload: Upload) -> UploadDocument:
+        files = [UploadedFile(name=file.name, size=file.size, sha256=file.sha256) for file in upload.files]
+        return cls(reference=upload.reference, kind=upload.kind, files=files)
+
+
+class SourceEntry(Document):
+    """Something recipes may name. ``detail`` is a model's architecture, or the base an adapter was trained on."""
+
+    reference: str
+    kind: str = Field(description="model or adapter")
+    size: int
+    detail: str
+
+    @classmethod
+    def of(cls, entry: CatalogueEntry) -> SourceEntry:
+        return cls(reference=entry.reference, kind=entry.kind, size=entry.size, detail=entry.detail)
+
+
+class SourceList(Document):
+    """Models and adapters below the roots, and uploads."""
+
+    items: list[SourceEntry]
+
+
+class Health(Document):
+    status: str = Field(examples=["ok"])
+    version: str
+
+
+class Readiness(Document):
+    """Each part's state: ``ok``, or what is wrong."""
+
+    status: str
+    database: str
+    queue: str
+    store: str
+
+
+def merge_url(job_id: str) -> str:
+    return f"/merges/{job_id}"
+
+
+def file_url(job_id: str, name: str) -> str:
+    return f"{merge_url(job_id)}/files/{quote(name)}"
+
+
+def estimates(plan: Plan) -> dict[str, int]:
+    """The plan's estimates as they are stored and shown."""
+    return asdict(plan.estimates)
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    url = merge_url(job.id)
+    done = job.total_bytes if job.status is Status.SUCCEEDED else min(job.progress_bytes, job.total_bytes)
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "status": job.status,
+        "stage": job.stage,
+        "method": job.method,
+        "queue": job.queue,
+        "priority": job.priority,
+        "labels": dict(job.labels),
+        "attempt": job.attempt,
+        "max_attempts": job.max_attempts,
+        "progress": Progress(
+            bytes_done=done,
+            bytes_total=job.total_bytes,
+            fraction=done / job.total_bytes if job.total_bytes else 0.0,
+        ),
+        "error": _failure(job.error),
+        "artifact": _artifact(job.artifact),
+        "fingerprint": job.plan_digest,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+        "updated_at": job.updated_at,
+        "urls": MergeUrls(
+            self=url,
+            events=f"{url}/events",
+            cancel=f"{url}/cancel",
+            files=f"{url}/files",
+            archive=f"{url}/archive.tar",
+        ),
+    }
+
+
+def _failure(error: Mapping[str, Any] | None) -> Failure | None:
+    if error is None:
+        return None
+    return Failure(
+        code=error["code"],
+        title=error["title"],
+        detail=error["message"],
+        where=error["where"],
+        fault=error["fault"],
+        problems=[ProblemItem(**problem) for problem in error["problems"]],
+    )
+
+
+def _artifact(artifact: Mapping[str, Any] | None) -> ArtifactSummary | None:
+    if artifact is None:
+        return None
+    return ArtifactSummary(
+        size=artifact["size"], files=len(artifact["files"]), manifest_sha256=artifact["manifest_sha256"]
+    )
+
+
+def _changes(part: Contribution) -> bool:
+    return part.full is not None or part.lora is not None
+
+
+def _shard(shard: ShardPlan) -> PlannedShard:
+    size = sum(math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] for tensor in shard.tensors)
+    return PlannedShard(filename=shard.filename, tensors=len(shard.tensors), size=size)

@@ -1,0 +1,118 @@
+"""What one running API holds: its records, queue and stores, made when it starts and handed to every endpoint."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from app.artifacts.manifest import MANIFEST_NAME, StoredFile
+from app.artifacts.store import LocalStore
+from app.errors import MergeyardError
+from app.records.bell import Bell
+from app.records.database import Database
+from app.records.janitor import sweep
+from app.records.job import Job
+from app.records.jobs import Jobs
+from app.records.upkeep import Upkeep
+from app.settings import Settings
+from app.sources.resolver import MergedFiles, Resolver
+from app.sources.uploads import UploadStore
+
+OWNER = "local"  # everybody, until there are keys
+
+log = logging.getLogger("mergeyard.api")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """Everything an endpoint works with. Safe to share between threads."""
+
+    settings: Settings
+    database: Database
+    jobs: Jobs
+    bell: Bell
+    store: LocalStore
+    uploads: UploadStore
+    resolver: Resolver
+
+    def published(self, job_id: str) -> tuple[Job, Mapping[str, StoredFile]]:
+        """A merge and its files by name, the manifest first. Raises `not_found`; `conflict` when it has none."""
+        job = self.jobs.get(job_id)
+        if job.artifact is None:
+            raise _nothing_published(job)
+        return job, artifact_files(job, self.store)
+
+    def discard(self, job: Job) -> None:
+        """Delete a deleted merge's files now. What fails here, the janitor does later."""
+        try:
+            sweep(job, self.store, deleted=True)
+            Upkeep(self.database).set_swept(job.id)
+        except OSError:
+            log.exception("the files of %s could not be deleted; the janitor will try again", job.id)
+
+    def ring(self, job: Job) -> None:
+        """Tell the workers. A broker that is away costs time and nothing else: the row waits for the janitor's ring."""
+        try:
+            self.bell.ring(job.id, job.queue, job.priority)
+        except MergeyardError as error:
+            log.warning("%s waits for the janitor's ring: %s", job.id, error.message)
+
+    def check_store(self) -> None:
+        """Raise `not_ready` unless the artifact store can be written to."""
+        try:
+            self.settings.artifacts.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.settings.artifacts, prefix=".ready-"):
+                pass
+        except OSError as error:
+            message = f"The artifact store cannot be written to: {error.strerror}."
+            raise MergeyardError("not_ready", message) from None
+
+
+def service(request: Request) -> Service:
+    """The running API's Service, as a dependency."""
+    held = request.app.state.service
+    assert isinstance(held, Service)
+    return held
+
+
+Serving = Annotated[Service, Depends(service)]
+
+
+def artifact_files(job: Job, store: LocalStore) -> dict[str, StoredFile]:
+    """Every file of a published artifact by the name users see, the manifest first."""
+    assert job.artifact is not None
+    manifest = StoredFile(
+        name=MANIFEST_NAME,
+        key=job.artifact["manifest_key"],
+        size=store.size(job.artifact["manifest_key"]),
+        sha256=job.artifact["manifest_sha256"],
+    )
+    listed = [StoredFile(**file) for file in job.artifact["files"] if file["name"] != MANIFEST_NAME]
+    return {file.name: file for file in (manifest, *listed)}
+
+
+def merged_files(jobs: Jobs, store: LocalStore, job_id: str) -> MergedFiles:
+    """A published merge as a source (``merge:ID``). Raises `source_not_found`."""
+    try:
+        job = jobs.get(job_id)
+    except MergeyardError as error:
+        if error.code != "not_found":
+            raise
+        raise MergeyardError("source_not_found", f"merge:{job_id} does not exist; GET /merges lists them.") from None
+    if job.artifact is None:
+        message = f"merge:{job_id} is {job.status}: only a succeeded merge can be a source."
+        raise MergeyardError("source_not_found", message)
+    files = artifact_files(job, store)
+    return MergedFiles(files={name: Path(store.path(file.key)) for name, file in files.items()})
+
+
+def _nothing_published(job: Job) -> MergeyardError:
+    if job.status.finished:
+        return MergeyardError("conflict", f"The merge {job.status} and has no files; GET /merges/{job.id} says why.")
+    return MergeyardError("conflict", f"The merge is {job.status}: poll GET /merges/{job.id} until it has succeeded.")

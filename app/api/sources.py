@@ -1,0 +1,18 @@
+"""/sources: what recipes may name."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from app.api.schemas import SourceEntry, SourceList
+from app.api.service import Serving
+from app.sources.catalogue import catalogue
+
+router = APIRouter(prefix="/sources", tags=["sources"])
+
+
+@router.get("", response_model=SourceList, summary="List models and adapters")
+def list_sources(serving: Serving) -> SourceList:
+    """Every model and adapter below the roots and among the uploads, by the reference that names it in a recipe."""
+    found = catalogue(serving.settings.roots, serving.settings.uploads)
+    return SourceList(items=[SourceEntry.of(entry) for entry in found])

@@ -1,0 +1,87 @@
+"""The service as an ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from anyio import CapacityLimiter
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from starlette.routing import Route
+
+import app
+from app.api import errors, files, health, merges, sources, uploads
+from app.api.middleware import BodyLimit, RequestIds
+from app.api.service import Service, merged_files
+from app.artifacts.store import LocalStore
+from app.records.bell import Bell
+from app.records.database import Database
+from app.records.janitor import Janitor
+from app.records.jobs import Jobs
+from app.settings import Settings
+from app.sources.resolver import Resolver
+from app.sources.uploads import UploadStore
+
+UPLOADS_AT_ONCE = 8  # more wait their turn
+
+DESCRIPTION = """\
+Turns a library of specialist LoRA adapters and fine-tuned checkpoints into one deployable model.
+`POST` a recipe to `/merges`, poll `/merges/{id}`, download the files. Every error is a problem document (RFC 9457)
+with a stable `code`.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Nothing is opened before its lifespan starts, and nothing stays open after it.
+
+    The database must be migrated (``mergeyard migrate``); until it is, /readyz and every request that needs it say so.
+    """
+
+    @asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        service = open_service(settings)
+        janitor = Janitor(service.jobs, service.bell, settings.janitor_interval, service.store)
+        api.state.service = service
+        api.state.upload_limiter = CapacityLimiter(UPLOADS_AT_ONCE)
+        janitor.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(janitor.stop)
+            service.bell.close()
+            service.database.close()
+
+    api = FastAPI(
+        title="Mergeyard",
+        version=app.__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    # Added last is outermost.
+    api.add_middleware(BodyLimit, default=settings.max_body_bytes, limits={"/uploads": settings.max_upload_bytes})
+    api.add_middleware(RequestIds)
+    routers = [resource.router for resource in (merges, files, uploads, sources, health)]
+    for router in routers:
+        api.include_router(router)
+    errors.install(api, [route for router in routers for route in router.routes if isinstance(route, Route)])
+    return api
+
+
+def open_service(settings: Settings) -> Service:
+    """Everything the endpoints work with, made from settings. Connects to nothing yet."""
+    database = Database(settings.database)
+    jobs = Jobs(database)
+    store = LocalStore(settings.artifacts)
+    resolver = Resolver(roots=settings.roots, uploads=settings.uploads, merges=partial(merged_files, jobs, store))
+    return Service(
+        settings=settings,
+        database=database,
+        jobs=jobs,
+        bell=Bell(settings.broker),
+        store=store,
+        uploads=UploadStore(settings.uploads),
+        resolver=resolver,
+    )
