@@ -1,0 +1,40 @@
+"""The kernels: trim, elect, merge, over blocks of one tensor; the same numbers in every room."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from app.errors import MergeyardError
+from worker.engine.kernels.cpu import CpuKernels
+from worker.engine.kernels.reference import ReferenceKernels
+from worker.engine.kernels.signature import COARSE_BINS, FINE_BINS, KEEP_ALL, Kernels, Rule
+
+__all__ = ["Kernels", "Room", "load", "warm_up"]
+
+Room = Literal["auto", "cpu", "cuda", "reference"]
+
+
+def load(room: Room) -> Kernels:
+    """The kernels of ``room``; ``auto`` is the fastest this machine has.
+
+    Raises ``not_supported`` for ``cuda``.
+    """
+    if room == "reference":
+        return ReferenceKernels()
+    if room == "cuda":
+        raise MergeyardError("not_supported", "This version merges on the CPU only; use the device cpu or auto.")
+    return CpuKernels()
+
+
+def warm_up(kernels: Kernels) -> None:
+    """Run every kernel once on four values, so that what is compiled on first use is compiled before work comes."""
+    delta = torch.tensor([0.0, 1.0, -2.0, 3.0])
+    rule = Rule(elect="mass")
+    kernels.histogram(delta, torch.zeros(COARSE_BINS, dtype=torch.int64), None)
+    kernels.histogram(delta, torch.zeros(FINE_BINS, dtype=torch.int64), 0)
+    kernels.count_equal(delta, 0)
+    kernels.kept_l1(delta, KEEP_ALL)
+    kernels.elected_balance(delta[None], [KEEP_ALL], [1.0], rule)
+    kernels.merge(delta, delta[None], [KEEP_ALL], [1.0], rule, torch.empty_like(delta))

@@ -1,8 +1,8 @@
 """The one signature of the kernel rooms: ``reference`` (plain torch, the oracle) and ``cpu`` (Numba).
 
 All work is on blocks: whole rows of one tensor, flattened to n contiguous values, cut the same way whatever
-the number of threads. A call is single-threaded; the engine runs many blocks side by side. Values per parameter
-are always combined in the order of the sources, in float32, so every room gives the same numbers.
+the number of threads. A call is single-threaded; the engine runs many blocks side by side. Values per
+parameter are always combined in the order of the sources, in float32, so every room gives the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 COARSE_BINS = 1 << 15  # magnitude bits 30..16 of a float32
 FINE_BINS = 1 << 16  # bits 15..0
-# Float64 sums: value i goes to lane i % LANES in flat order, then the lanes in order: every room rounds alike.
+# Float64 sums: value i goes to lane i % LANES in flat order, then lanes add up in order, so all rooms round alike.
 LANES = 1024
 SMALLEST_DIVISOR = 1e-8  # a sum of weights nearer to zero divides by 1 instead (mergekit's rule)
 
@@ -96,8 +96,8 @@ class Kernels(Protocol):
     def histogram(self, delta: torch.Tensor, counts: torch.Tensor, prefix: int | None) -> None:
         """Add the block to ``counts`` (int64).
 
-        (``COARSE_BINS``,) of all values where ``prefix`` is None, else (``FINE_BINS``,) of those whose coarse
-        bin is ``prefix``.
+        (``COARSE_BINS``,) of all values where ``prefix`` is None, else (``FINE_BINS``,) of those whose coarse bin is
+        ``prefix``.
         """
         ...
 
@@ -109,10 +109,11 @@ class Kernels(Protocol):
         """Σ|δ| of what ``trim`` keeps (``rescale`` not applied), summed in float64."""
         ...
 
-    def elected_balance(
-        self, deltas: torch.Tensor, trims: Sequence[Trim], weights: Sequence[float], rule: Rule
-    ) -> int:
-        """Σ of the elected signs (+1, -1, and 0 where the vote is even): the paper's majority, by block."""
+    def elected_balance(self, deltas: torch.Tensor, trims: Sequence[Trim], weights: Sequence[float], rule: Rule) -> int:
+        """Σ of the elected signs (+1, -1, and 0 where the vote is even): the paper's global majority, block by block.
+
+        ``elect`` none votes as ``count``.
+        """
         ...
 
     def merge(  # noqa: PLR0917

@@ -1,0 +1,149 @@
+"""The oracle: every kernel in plain torch, one step a line. The other rooms are tested against it bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from worker.engine.kernels.signature import (
+    COARSE_BINS,
+    FINE_BINS,
+    LANES,
+    SMALLEST_DIVISOR,
+    BlockStatistics,
+    Rule,
+    Trim,
+)
+
+
+class ReferenceKernels:
+    """The ``reference`` room; see ``signature.Kernels`` for shapes and meanings."""
+
+    name = "reference"
+
+    def histogram(self, delta: torch.Tensor, counts: torch.Tensor, prefix: int | None) -> None:
+        magnitudes = _magnitudes(delta)
+        coarse = magnitudes >> 16
+        if prefix is None:
+            counts += torch.bincount(coarse, minlength=COARSE_BINS)
+        else:
+            counts += torch.bincount(magnitudes[coarse == prefix] & 0xFFFF, minlength=FINE_BINS)
+
+    def count_equal(self, delta: torch.Tensor, threshold: int) -> int:
+        return int((_magnitudes(delta) == threshold).sum())
+
+    def kept_l1(self, delta: torch.Tensor, trim: Trim) -> float:
+        return _float64_sum(torch.where(_survivors(delta, trim), delta.abs(), 0.0).double())
+
+    def elected_balance(self, deltas: torch.Tensor, trims: Sequence[Trim], weights: Sequence[float], rule: Rule) -> int:
+        kept = [_kept_values(delta, trim) for delta, trim in zip(deltas, trims, strict=True)]
+        return int(_elected(_votes(kept, weights, rule), rule, even=0).sum(dtype=torch.int64))
+
+    def merge(  # noqa: PLR0917
+        self,
+        base: torch.Tensor,
+        deltas: torch.Tensor,
+        trims: Sequence[Trim],
+        weights: Sequence[float],
+        rule: Rule,
+        out: torch.Tensor,
+    ) -> BlockStatistics:
+        kept = [_kept_values(delta, trim) for delta, trim in zip(deltas, trims, strict=True)]
+        weighted = [_float32(weight) * values for weight, values in zip(weights, kept, strict=True)]
+        votes = _votes(kept, weights, rule)
+        if rule.elect == "none":
+            agreeing = [vote != 0 for vote in votes]
+        else:
+            elected = _elected(votes, rule, even=rule.zero_sign)
+            agreeing = [vote * elected > 0 for vote in votes]
+
+        total = torch.zeros_like(deltas[0])
+        for agrees, values in zip(agreeing, weighted, strict=True):
+            total = total + torch.where(agrees, values, 0.0)
+        merged = total / _divisor(agreeing, weights, rule)
+
+        start = base.float()
+        result = _float32(rule.base) * start + _float32(rule.scale) * merged
+        out.copy_(result)
+
+        positive = torch.stack([values > 0 for values in weighted]).any(0)
+        negative = torch.stack([values < 0 for values in weighted]).any(0)
+        return BlockStatistics(
+            kept=tuple(int(_survivors(d, trim).sum()) for d, trim in zip(deltas, trims, strict=True)),
+            squares=tuple(_float64_sum(delta.double().square()) for delta in deltas),
+            active=int(torch.stack([values != 0 for values in kept]).any(0).sum()),
+            conflicts=int((positive & negative).sum()),
+            merged_square=_float64_sum((result - start).double().square()),
+            finite=bool(out.isfinite().all()),
+        )
+
+
+def _magnitudes(delta: torch.Tensor) -> torch.Tensor:
+    """|δ| as its 31 bits, int32: the order of the values, denormals and infinity included."""
+    return delta.view(torch.int32) & 0x7FFF_FFFF
+
+
+def _survivors(delta: torch.Tensor, trim: Trim) -> torch.Tensor:
+    magnitudes = _magnitudes(delta)
+    equal = magnitudes == trim.threshold
+    return (magnitudes > trim.threshold) | (equal & (equal.cumsum(0) <= trim.equals))
+
+
+def _kept_values(delta: torch.Tensor, trim: Trim) -> torch.Tensor:
+    return torch.where(_survivors(delta, trim), delta * _float32(trim.rescale), 0.0)
+
+
+def _votes(kept: Sequence[torch.Tensor], weights: Sequence[float], rule: Rule) -> list[torch.Tensor]:
+    if not rule.weigh_votes:
+        return list(kept)
+    return [_float32(weight) * values for weight, values in zip(weights, kept, strict=True)]
+
+
+def _elected(votes: Sequence[torch.Tensor], rule: Rule, *, even: int) -> torch.Tensor:
+    """+1, -1 or 0 for each parameter, float32; ``even`` where neither sign outweighs the other."""
+    positive = torch.stack([vote > 0 for vote in votes]).sum(0)
+    negative = torch.stack([vote < 0 for vote in votes]).sum(0)
+    if rule.elect == "mass":
+        balance = torch.zeros_like(votes[0])
+        for vote in votes:
+            balance = balance + vote
+    else:
+        balance = (positive - negative).float()
+    sign = torch.where(balance > 0, 1.0, torch.where(balance < 0, -1.0, float(even)))
+
+    if rule.elect == "unanimous":
+        return torch.where(torch.maximum(positive, negative) == rule.sources, sign, 0.0)
+    if rule.elect == "quorum":
+        holding = torch.where(sign > 0, positive, negative)
+        return torch.where(holding >= rule.required, sign, 0.0)
+    return sign
+
+
+def _divisor(agreeing: Sequence[torch.Tensor], weights: Sequence[float], rule: Rule) -> torch.Tensor:
+    divisor = torch.zeros(agreeing[0].shape, dtype=torch.float32)
+    if rule.divisor == "none":
+        divisor += 1
+    elif rule.divisor == "sources":
+        divisor += rule.sources
+    elif rule.divisor == "weights":
+        divisor += _float32(sum(weights))
+    else:
+        for agrees, weight in zip(agreeing, weights, strict=True):
+            share = _float32(weight) if rule.divisor == "agreeing_weights" else 1.0
+            divisor = divisor + torch.where(agrees, share, 0.0)
+    return torch.where(divisor.abs() < _float32(SMALLEST_DIVISOR), 1.0, divisor)
+
+
+def _float32(value: float) -> torch.Tensor:
+    """A scalar in the precision of the arithmetic, so that no product is formed in float64."""
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _float64_sum(values: torch.Tensor) -> float:
+    """The sum in the order ``signature.LANES`` fixes. (cumsum adds in sequence, where sum may reorder.)"""
+    missing = -len(values) % LANES
+    lanes = torch.nn.functional.pad(values, (0, missing)).view(-1, LANES)
+    if not len(lanes):
+        return 0.0
+    return float(lanes.cumsum(0)[-1].cumsum(0)[-1])
