@@ -1,0 +1,391 @@
+"""The command line. Heavy things are imported inside the command that needs them: ``--help`` takes no time.
+
+Exit codes: 0 done, 1 the merge failed (or the service did), 2 the request was wrong.
+"""
+
+# Each command imports what it alone needs, and Typer passes options by name:
+# ruff: noqa: PLC0415, PLR0917
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+if TYPE_CHECKING:
+    from app.settings import Settings
+    from mergeyard.answers import Merge
+    from mergeyard.client import Client
+
+FAILED, WRONG = 1, 2
+
+P = ParamSpec("P")
+
+cli = typer.Typer(
+    name="mergeyard",
+    help="Turns a library of LoRA adapters and fine-tuned checkpoints into one deployable model.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, YAML or JSON; - reads standard input.")]
+MergeId = Annotated[str, typer.Argument(metavar="ID", help="The merge's id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
+Url = Annotated[str, typer.Option("--url", envvar="MERGEYARD_URL", help="The service.")]
+ApiKey = Annotated[str, typer.Option("--api-key", envvar="MERGEYARD_API_KEY", help="Its key, where it wants one.")]
+
+LOCAL = "http://127.0.0.1:8000"
+STDIN = "-"
+
+
+def main() -> None:
+    """The program ``mergeyard``."""
+    cli()
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn every failure into a sentence and an exit code; never a trace, unless MERGEYARD_DEBUG is set."""
+
+    @functools.wraps(command)
+    def guard(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if os.environ.get("MERGEYARD_DEBUG"):
+                raise
+            _fail(error, as_json=bool(kwargs.get("as_json")))
+
+    return guard
+
+
+# ── on this machine ─────────────────────────────────────────────────────────────────────────────
+
+
+@cli.command()
+@guarded
+def merge(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist yet.")],
+    device: Annotated[Device, typer.Option(help="Where to calculate.")] = Device.auto,
+    threads: Annotated[int, typer.Option(min=0, help="0: every core.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Merge on this machine, without a service. References may be plain paths."""
+    from mergeyard import display, local
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the sink cleans up
+    plan = local.plan_recipe(_read(recipe), _folder(recipe), _settings())
+    display.show_warnings([warning.as_json() for warning in plan.warnings])
+    try:
+        with display.merging(plan.method) as on_progress:
+            manifest = local.merge_plan(plan, out, device=device.value, threads=threads, on_progress=on_progress)
+    except Exception as error:
+        # What the recipe could have said is caught above: from here on it is the merge that failed.
+        _fail(error, as_json=as_json, code=WRONG if _code_of(error) in ("output_exists", "not_supported") else FAILED)
+    if as_json:
+        _print_json({"out": str(out), **manifest.as_json()})
+    else:
+        display.show_merged(out, manifest)
+
+
+@cli.command()
+@guarded
+def plan(recipe: Recipe, as_json: AsJson = False) -> None:
+    """Say what a merge would do, or everything that is wrong with the recipe. Reads headers, no weights."""
+    from app.api.schemas import MergePlan
+    from mergeyard import display, local
+
+    document = MergePlan.of(local.plan_recipe(_read(recipe), _folder(recipe), _settings())).model_dump(mode="json")
+    if as_json:
+        _print_json(document)
+    else:
+        display.show_plan(document)
+
+
+@cli.command()
+@guarded
+def up(
+    host: Annotated[str | None, typer.Option(help="Loopback only. [default: 127.0.0.1]", show_default=False)] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0 takes a free one. [default: 8000]", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Everything is kept here. [default: mergeyard-data]", show_default=False)
+    ] = None,
+) -> None:
+    """Run the whole service on this machine: SQLite, an embedded Valkey, one worker, the API."""
+    from mergeyard.up import run_up
+
+    raise typer.Exit(run_up(_settings(host=host, port=port, data_dir=data_dir)))
+
+
+@cli.command()
+@guarded
+def api(
+    fd: Annotated[int | None, typer.Option(hidden=True, help="An open socket to serve on; used by `up`.")] = None,
+) -> None:
+    """Run the HTTP service alone. Settings are MERGEYARD_* variables."""
+    from mergeyard.serve import serve
+
+    serve(_settings(), fd)
+
+
+@cli.command()
+@guarded
+def worker() -> None:
+    """Run one worker. Settings are MERGEYARD_* variables."""
+    from worker.celery import run_worker
+
+    run_worker(_settings())
+
+
+@cli.command()
+@guarded
+def migrate() -> None:
+    """Bring the database to this version's schema. Safe to run at any time, by any number of processes."""
+    from app.records.database import Database
+
+    database = Database(_settings().database)
+    database.migrate()
+    database.close()
+
+
+# ── through the service ─────────────────────────────────────────────────────────────────────────
+
+
+@cli.command()
+@guarded
+def submit(
+    recipe: Recipe,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it has finished.")] = False,
+    download: Annotated[
+        Path | None, typer.Option("--download", metavar="DIR", help="Wait, then fetch and verify the files.")
+    ] = None,
+    queue: Annotated[str, typer.Option(help="Which workers may take it.")] = "default",
+    priority: Annotated[int, typer.Option(min=-100, max=100, help="Above 0 goes first, below 0 last.")] = 0,
+    label: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="May be given several times.")] = None,
+    as_json: AsJson = False,
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+) -> None:
+    """Submit a recipe to the service."""
+    from mergeyard import display
+
+    labels = dict(_label(text) for text in label or [])
+    with _client(url, api_key) as client:
+        merge = client.submit(_read(recipe), queue=queue, priority=priority, labels=labels)
+        display.show_submitted(merge)
+        if wait or download is not None:
+            merge = _wait(client, merge)
+        if download is not None and merge["status"] == "succeeded":
+            _download(client, merge["id"], download)
+    if as_json:
+        _print_json(merge)
+    elif not wait and download is None:
+        display.say(merge["id"])
+    if merge["status"] in ("failed", "cancelled"):
+        if not as_json:
+            display.show_failure(merge)
+        raise typer.Exit(FAILED)
+    if not as_json and merge["status"] == "succeeded":
+        display.show_succeeded(merge, download)
+
+
+@cli.command("list")
+@guarded
+def list_merges(
+    status: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only merges of this method.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
+    cursor: Annotated[str | None, typer.Option(help="The `next_cursor` of the page before.")] = None,
+    as_json: AsJson = False,
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+) -> None:
+    """List merges, newest first."""
+    from mergeyard import display
+
+    with _client(url, api_key) as client:
+        page = client.list(status=status, method=method, limit=limit, cursor=cursor)
+    if as_json:
+        _print_json(page)
+    else:
+        display.show_page(page)
+
+
+@cli.command()
+@guarded
+def status(id: MergeId, as_json: AsJson = False, url: Url = LOCAL, api_key: ApiKey = "") -> None:
+    """Show one merge."""
+    from mergeyard import display
+
+    with _client(url, api_key) as client:
+        merge = client.get(id)
+    if as_json:
+        _print_json(merge)
+    else:
+        display.show_merge(merge)
+
+
+@cli.command()
+@guarded
+def events(
+    id: MergeId,
+    after: Annotated[int, typer.Option(min=0, help="Only events with a greater id.")] = 0,
+    as_json: AsJson = False,
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+) -> None:
+    """Show what happened to a merge, in order."""
+    from mergeyard import display
+
+    with _client(url, api_key) as client:
+        page = client.events(id, after=after, limit=1000)
+    if as_json:
+        _print_json(page)
+    else:
+        display.show_events(page)
+
+
+@cli.command()
+@guarded
+def cancel(id: MergeId, as_json: AsJson = False, url: Url = LOCAL, api_key: ApiKey = "") -> None:
+    """Ask a merge to stop. A running one stops within a tile's time."""
+    from mergeyard import display
+
+    with _client(url, api_key) as client:
+        merge = client.cancel(id)
+    if as_json:
+        _print_json(merge)
+    else:
+        display.say(f"{merge['id']} is {merge['status']}")
+
+
+@cli.command()
+@guarded
+def download(
+    id: MergeId,
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="[default: ./ID]", show_default=False)] = None,
+    as_json: AsJson = False,
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
+) -> None:
+    """Fetch a merge's files and verify each. Run it again after an interruption: it goes on where it stopped."""
+    from mergeyard import display
+
+    target = directory or Path(id)
+    with _client(url, api_key) as client:
+        files = client.files(id)
+        _download(client, id, target)
+    if as_json:
+        _print_json({"directory": str(target), **files})
+    else:
+        display.say(f"{len(files['items'])} files, all verified, in {target}")
+
+
+# ── what commands share ─────────────────────────────────────────────────────────────────────────
+
+
+def _read(recipe: str) -> str:
+    return sys.stdin.read() if recipe == STDIN else Path(recipe).read_text(encoding="utf-8")
+
+
+def _folder(recipe: str) -> Path:
+    """What relative paths in the recipe are relative to."""
+    return Path.cwd() if recipe == STDIN else Path(recipe).absolute().parent
+
+
+def _settings(**given: object) -> Settings:
+    """The MERGEYARD_* variables, and above them the options that were given."""
+    from pydantic import ValidationError
+
+    from app.settings import Settings
+
+    try:
+        # Through the environment, so that the processes `up` starts see the same.
+        for name, value in given.items():
+            if value is not None:
+                os.environ[f"MERGEYARD_{name.upper()}"] = str(value)
+        return Settings()
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise typer.BadParameter(f"MERGEYARD_{str(found['loc'][0]).upper()}: {found['msg']}") from None
+
+
+def _client(url: str, api_key: str) -> Client:
+    from mergeyard.client import Client
+
+    return Client(url, api_key or None)
+
+
+def _wait(client: Client, merge: Merge) -> Merge:
+    from mergeyard import display
+
+    try:
+        with display.watching(merge) as on_update:
+            return client.wait(merge["id"], on_update)
+    except KeyboardInterrupt:
+        display.note(f"The merge goes on; `mergeyard status {merge['id']}` shows it, `mergeyard cancel` stops it.")
+        raise typer.Exit(130) from None
+
+
+def _download(client: Client, merge_id: str, directory: Path) -> None:
+    from mergeyard import display
+
+    try:
+        with display.downloading() as on_progress:
+            client.download(merge_id, directory, on_progress)
+    except KeyboardInterrupt:
+        display.note(f"What has arrived is kept; `mergeyard download {merge_id} {directory}` fetches the rest.")
+        raise typer.Exit(130) from None
+
+
+def _label(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--label")
+    return name, value
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _code_of(error: Exception) -> str:
+    return str(getattr(error, "code", ""))
+
+
+def _fail(error: Exception, *, as_json: bool, code: int | None = None) -> NoReturn:
+    """Say what went wrong and leave with ``code``, or with what the kind of failure means."""
+    from mergeyard import failures
+
+    if isinstance(error, typer.BadParameter):
+        raise error
+    failure = failures.describe(error)
+    if as_json:
+        _print_json({"error": failure.as_json()})
+    else:
+        failures.show(failure)
+    raise typer.Exit(code if code is not None else WRONG if failure.fault == "user" else FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""What people see: tables and summaries on standard output, bars and notes on standard error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from app.artifacts.manifest import Manifest
+    from mergeyard.answers import EventPage, Merge, MergePage, MergeSummary
+
+STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
+LONGEST_LIST = 12
+
+
+def say(text: str) -> None:
+    """A line of result, exactly as it is."""
+    _out().print(Text(text))
+
+
+def note(text: str, style: str = "") -> None:
+    """A line beside the result."""
+    _err().print(Text(text, style=style))
+
+
+def size(count: float) -> str:
+    """``135000000`` → ``135.0 MB``, decimal as disks and networks count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+# ── while something runs ────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def merging(method: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a merge on this machine; yields what is to be told (bytes done, bytes in all)."""
+    with _bar() as bar:
+        task = bar.add_task(method, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def downloading() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar for a download; yields what is to be told (bytes done, bytes in all, the file's name)."""
+    with _bar() as bar:
+        task = bar.add_task("download", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name[-40:])
+
+
+@contextmanager
+def watching(merge: Merge) -> Iterator[Callable[[Merge], None]]:
+    """A bar with the merge's stage; where there is no terminal, a line whenever status or stage change."""
+    if not _err().is_terminal:
+        seen = _state(merge)
+
+        def log(update: Merge) -> None:
+            nonlocal seen
+            if _state(update) != seen:
+                seen = _state(update)
+                done, total = size(update["progress"]["bytes_done"]), size(update["progress"]["bytes_total"])
+                note(f"{update['id']} {seen}, {done} of {total}")
+
+        yield log
+        return
+    with _bar() as bar:
+        task = bar.add_task(_state(merge), total=merge["progress"]["bytes_total"] or None)
+        yield lambda update: bar.update(task, completed=update["progress"]["bytes_done"], description=_state(update))
+
+
+def _bar() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=_err(),
+    )
+
+
+def _state(merge: MergeSummary) -> str:
+    attempt = f" (attempt {merge['attempt']})" if merge["attempt"] > 1 else ""
+    return f"{merge['stage'] or merge['status']}{attempt}"
+
+
+# ── results ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def show_warnings(warnings: Sequence[Mapping[str, object]]) -> None:
+    for warning in warnings:
+        where = f" at {warning['where']}" if warning["where"] else ""
+        note(f"warning{where}: {warning['message']}", style="yellow")
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """Sources, what changes, what it takes, and what deserves a second look."""
+    sources = Table("role", "reference", "size", "tensors it changes", title=f"{plan['method']}")
+    sources.add_row("base", Text(plan["base"]["reference"]), size(plan["base"]["size"]), "")
+    for index, source in enumerate(plan["sources"]):
+        changed = sum(index in tensor["sources"] for tensor in plan["touched"])
+        sources.add_row(source["role"], Text(source["reference"]), size(source["size"]), str(changed))
+    _out().print(sources)
+    estimates = plan["estimates"]
+    rows = {
+        "result": f"{size(estimates['output_bytes'])} in {len(plan['shards'])} file(s)",
+        "tensors changed": f"{estimates['tensors_touched']} of {estimates['tensors']}",
+        "parameters changed": f"{estimates['parameters_touched']:,} of {estimates['parameters']:,}",
+        "peak memory": size(estimates["peak_memory_bytes"]),
+        "fingerprint": plan["fingerprint"],
+    }
+    _out().print(_pairs(rows))
+    touched = [f"{tensor['name']} {tensor['dtype']} {tensor['shape']}" for tensor in plan["touched"]]
+    for line in touched[:LONGEST_LIST]:
+        _out().print(Text(f"  {line}", style="dim"))
+    if len(touched) > LONGEST_LIST:
+        _out().print(Text(f"  … and {len(touched) - LONGEST_LIST} more; --json lists all", style="dim"))
+    show_warnings(plan["warnings"])
+
+
+def show_merged(out: Path, manifest: Manifest) -> None:
+    total = sum(file.size for file in manifest.files)
+    say(f"{len(manifest.files)} files, {size(total)}, in {out}")
+    note(f"fingerprint {manifest.fingerprint}", style="dim")
+
+
+def show_submitted(merge: Merge) -> None:
+    show_warnings(merge["warnings"])
+    note(f"submitted {merge['id']}: {size(merge['progress']['bytes_total'])} to write")
+
+
+def show_succeeded(merge: Merge, directory: Path | None) -> None:
+    assert merge["artifact"] is not None
+    where = f"; all verified, in {directory}" if directory else ""
+    say(f"{merge['id']} succeeded: {merge['artifact']['files']} files, {size(merge['artifact']['size'])}{where}")
+
+
+def show_failure(merge: Merge) -> None:
+    """Why a merge did not succeed, with every problem."""
+    say(f"{merge['id']} {merge['status']}")
+    for problem in (merge["error"] or {"problems": []})["problems"]:
+        where = f" at {problem['where']}" if problem["where"] else ""
+        note(f"{problem['code']}{where}: {problem['message']}", style="red")
+
+
+def show_merge(merge: Merge) -> None:
+    progress = merge["progress"]
+    rows = {
+        "id": merge["id"],
+        "status": _state(merge) if merge["status"] == "running" else merge["status"],
+        "method": merge["method"],
+        "progress": f"{progress['fraction']:.0%} of {size(progress['bytes_total'])}",
+        "attempt": f"{merge['attempt']} of {merge['max_attempts']}",
+        "queue": merge["queue"],
+        "labels": ", ".join(f"{name}={value}" for name, value in merge["labels"].items()),
+        "created": _ago(merge["created_at"]),
+        "finished": _ago(merge["finished_at"]),
+        "fingerprint": merge["fingerprint"],
+    }
+    if merge["artifact"]:
+        rows["artifact"] = f"{merge['artifact']['files']} files, {size(merge['artifact']['size'])}"
+    _out().print(_pairs({name: value for name, value in rows.items() if value}))
+    show_warnings(merge["warnings"])
+    if merge["error"]:
+        show_failure(merge)
+
+
+def show_page(page: MergePage) -> None:
+    table = Table("id", "status", "method", "progress", "created", "labels")
+    for merge in page["items"]:
+        table.add_row(
+            Text(merge["id"], no_wrap=True),
+            Text(_state(merge) if merge["status"] == "running" else merge["status"], STYLES.get(merge["status"], "")),
+            merge["method"],
+            f"{merge['progress']['fraction']:.0%}",
+            _ago(merge["created_at"]),
+            Text(", ".join(f"{name}={value}" for name, value in merge["labels"].items())),
+        )
+    _out().print(table)
+    if page["next_cursor"]:
+        note(f"More: --cursor {page['next_cursor']}", style="dim")
+
+
+def show_events(page: EventPage) -> None:
+    table = Table("id", "at", "event", "")
+    for event in page["items"]:
+        data = ", ".join(f"{name}={value}" for name, value in event["data"].items())
+        table.add_row(str(event["id"]), event["at"], event["type"], Text(data))
+    _out().print(table)
+
+
+def _pairs(rows: Mapping[str, str]) -> Text:
+    width = max(map(len, rows))
+    lines = [Text.assemble((f"{name:<{width}}", "bold"), f"  {value}") for name, value in rows.items()]
+    return Text("\n").join(lines)
+
+
+def _ago(moment: str | None) -> str:
+    if moment is None:
+        return ""
+    seconds = max(0.0, time.time() - datetime.fromisoformat(moment).astimezone(UTC).timestamp())
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def _out() -> Console:
+    return Console(soft_wrap=True)
+
+
+def _err() -> Console:
+    return Console(stderr=True, soft_wrap=True)

@@ -1,0 +1,38 @@
+"""``mergeyard plan`` and ``mergeyard merge``: a recipe on this machine, with no service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from app.artifacts.manifest import Manifest
+from app.planning.plan import Plan
+from app.planning.planner import make_plan
+from app.recipe import parse_recipe
+from app.settings import Settings
+from app.sources.resolver import Resolver
+
+
+def plan_recipe(text: str, folder: Path, settings: Settings) -> Plan:
+    """Plan a recipe whose references may also be plain paths, absolute or relative to ``folder``.
+
+    Raises MergeyardError with every problem.
+    """
+    uploads = settings.uploads if settings.uploads.is_dir() else None
+    resolver = Resolver(roots=settings.roots, uploads=uploads, local=folder)
+    return make_plan(parse_recipe(text), resolver)
+
+
+def merge_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    device: Literal["auto", "cpu", "cuda"],
+    threads: int,
+    on_progress: Callable[[int, int], None],
+) -> Manifest:
+    """Run a plan into the folder ``out``. Raises MergeyardError."""
+    from worker.engine.run import merge_to_folder  # noqa: PLC0415 (torch: seconds, and no part of planning)
+
+    return merge_to_folder(plan, out, device=device, threads=threads, on_progress=on_progress)
