@@ -12,9 +12,7 @@ from worker.engine.methods.method import Method, Needs
 
 __all__ = ["METHODS", "Method", "Needs", "method_of"]
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {method.name: method for method in (LINEAR, TASK_ARITHMETIC, TIES)}
-)
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in (LINEAR, TASK_ARITHMETIC, TIES)})
 
 
 def method_of(name: str) -> Method:
@@ -23,6 +21,4 @@ def method_of(name: str) -> Method:
         return METHODS[name]
     except KeyError:
         known = ", ".join(METHODS)
-        raise MergeyardError(
-            "unknown_method", f"There is no method {name!r}; choose one of {known}."
-        ) from None
+        raise MergeyardError("unknown_method", f"There is no method {name!r}; choose one of {known}.") from None
