@@ -8,6 +8,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from app.artifacts.manifest import StoredFile
+
 
 class Status(StrEnum):
     QUEUED = "queued"  # accepted; waits for a worker
@@ -66,6 +68,17 @@ class Job:
     started_at: datetime | None
     finished_at: datetime | None
     updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A file that some attempt finished: a retry adopts it where its digest still holds.
+
+    ``statistics`` is JSON, and the engine's business: what it needs besides the bytes not to merge them again.
+    """
+
+    file: StoredFile
+    statistics: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

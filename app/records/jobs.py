@@ -19,7 +19,7 @@ from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records import rows, transitions
 from app.records.database import Database, clock
-from app.records.job import Beat, Event, Idempotency, Job, NewJob, Page, Stage, Status
+from app.records.job import Beat, Event, Idempotency, Job, NewJob, Page, Shard, Stage, Status
 from app.records.tables import events, idempotency, jobs, shards
 from app.records.transitions import Change
 
@@ -108,12 +108,15 @@ class Jobs:
             rows.get(connection, job_id)
             return [Event(**row._mapping) for row in connection.execute(statement)]
 
-    def shards(self, job_id: str) -> Sequence[StoredFile]:
+    def shards(self, job_id: str) -> Sequence[Shard]:
         """The files that attempts of this job have finished and recorded, by name."""
         statement = select(shards).where(shards.c.job_id == job_id).order_by(shards.c.name)
         with self.database.read() as connection:
             return [
-                StoredFile(name=row.name, key=row.key, size=row.size, sha256=row.sha256)
+                Shard(
+                    file=StoredFile(name=row.name, key=row.key, size=row.size, sha256=row.sha256),
+                    statistics=row.statistics,
+                )
                 for row in connection.execute(statement)
             ]
 
@@ -180,13 +183,21 @@ class Jobs:
             rows.append(connection, job_id, now, ("claimed", {"attempt": job.attempt, "worker": worker}))
             return job
 
-    def heartbeat(self, job_id: str, token: str, *, lease_seconds: float, progress_bytes: int | None = None) -> Beat:
-        """Prolong the lease, write the progress, and bring back whether a cancel was requested."""
+    def heartbeat(
+        self,
+        job_id: str,
+        token: str,
+        *,
+        lease_seconds: float,
+        progress_bytes: int | None = None,
+        total_bytes: int | None = None,
+    ) -> Beat:
+        """Prolong the lease, write the progress where given, and bring back whether a cancel was requested."""
         job = self._held(
             job_id,
             token,
             lambda job, now: transitions.heartbeat(
-                job, now, lease_seconds=lease_seconds, progress_bytes=progress_bytes
+                job, now, lease_seconds=lease_seconds, progress_bytes=progress_bytes, total_bytes=total_bytes
             ),
         )
         return Beat(cancel_requested=job.status is Status.CANCELLING)
@@ -195,14 +206,21 @@ class Jobs:
         """The attempt enters ``stage``."""
         return self._held(job_id, token, lambda job, now: transitions.enter_stage(job, now, stage=Stage(stage)))
 
-    def record_shard(self, job_id: str, token: str, file: StoredFile) -> None:
+    def record_shard(self, job_id: str, token: str, file: StoredFile, statistics: Mapping[str, Any]) -> None:
         """A file of the artifact is complete and durable in the store; a retry's file of that name replaces it."""
         with self.database.write() as connection:
             job = rows.get_held(connection, job_id, token)
             rows.apply(connection, job, transitions.finish_file(job, file))
             connection.execute(delete(shards).where(shards.c.job_id == job_id, shards.c.name == file.name))
             connection.execute(
-                insert(shards).values(job_id=job_id, name=file.name, key=file.key, size=file.size, sha256=file.sha256)
+                insert(shards).values(
+                    job_id=job_id,
+                    name=file.name,
+                    key=file.key,
+                    size=file.size,
+                    sha256=file.sha256,
+                    statistics=dict(statistics),
+                )
             )
 
     def publish(self, job_id: str, token: str, artifact: Mapping[str, Any]) -> Job:

@@ -117,6 +117,7 @@ shards = Table(
     Column("key", String(1024), nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
+    Column("statistics", JSON, nullable=False),  # what the merge did to the file's tensors, by name
 )
 
 events = Table(

@@ -38,11 +38,15 @@ class Change:
 # ── under the lease token ───────────────────────────────────────────────────────────────────────
 
 
-def heartbeat(job: Job, now: datetime, *, lease_seconds: float, progress_bytes: int | None) -> Change:
+def heartbeat(
+    job: Job, now: datetime, *, lease_seconds: float, progress_bytes: int | None, total_bytes: int | None
+) -> Change:
     """The lease lives on. ``progress_at`` moves with the progress only: a heartbeat proves no more than life."""
     values: dict[str, Any] = {"lease_expires_at": now + timedelta(seconds=lease_seconds)}
     if progress_bytes is not None and progress_bytes != job.progress_bytes:
         values |= {"progress_bytes": progress_bytes, "progress_at": now}
+    if total_bytes is not None:
+        values["total_bytes"] = total_bytes
     return Change(values=values)
 
 

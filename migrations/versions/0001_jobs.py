@@ -88,6 +88,7 @@ def upgrade() -> None:
         sa.Column("key", sa.String(length=1024), nullable=False),
         sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("statistics", sa.JSON(), nullable=False),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_shards_job_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job_id", "name", name="pk_shards"),
     )

@@ -1,0 +1,92 @@
+"""The worker process: a Celery worker with one warm pool child, which does the merging."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from typing import Any
+
+import billiard  # type: ignore[import-untyped]
+from celery import Celery
+from celery.exceptions import SecurityWarning
+from celery.signals import worker_shutting_down
+from celery.worker import state
+
+from app.records.bell import CELERY, Bell, queue_names
+from app.records.database import Database
+from app.settings import Settings
+
+log = logging.getLogger("mergeyard.worker")
+
+START_SECONDS = 600.0  # a child may take this long to import torch and to compile the kernels
+
+
+def run_worker(settings: Settings, *, tasks: str = "worker.tasks") -> None:
+    """Serve ``settings.queue`` until SIGTERM, then exit; a merge in progress is handed back at its next check.
+
+    ``tasks`` is the module that answers the doorbell. Raises MergeyardError (``database_unavailable``, ``not_ready``,
+    ``broker_unavailable``) before anything is started.
+    """
+    _check_reachable(settings)
+    warnings.simplefilter("ignore", SecurityWarning)  # root in a container: it warns of pickles, which we refuse
+    app = make_celery(settings, tasks=tasks)
+    worker_shutting_down.connect(_ask_children_to_stop)
+    try:
+        worker = app.Worker(
+            hostname=app.conf.mergeyard_worker,
+            pool="prefork",
+            queues=list(queue_names(settings.queue)),
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+            quiet=True,
+        )
+        worker.start()
+    finally:
+        worker_shutting_down.disconnect(_ask_children_to_stop)
+    sys.exit(worker.exitcode)
+
+
+def make_celery(settings: Settings, *, tasks: str = "worker.tasks") -> Celery:
+    """The worker's Celery app. Its configuration carries the settings to the spawned child."""
+    app = Celery("mergeyard", broker=settings.broker, include=[tasks])
+    app.conf.update(CELERY)
+    app.conf.update(
+        # CUDA does not survive a fork; and one merge takes the whole GPU, or every core.
+        worker_pool_start_method="spawn",
+        worker_concurrency=1,
+        # No task limit: the child stays warm, since importing torch and compiling take seconds.
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_proc_alive_timeout=START_SECONDS,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_soft_shutdown_timeout=5.0,
+        # A child that ended itself, or was killed, has no result to wait for: its row says everything.
+        worker_lost_wait=0.5,
+        worker_enable_remote_control=False,
+        worker_redirect_stdouts=False,
+        mergeyard_settings=settings.model_dump_json(),
+        mergeyard_worker=f"{socket.gethostname()}-{os.getpid()}",
+    )
+    return app
+
+
+def _check_reachable(settings: Settings) -> None:
+    database, bell = Database(settings.database), Bell(settings.broker)
+    try:
+        database.check()
+        bell.check()
+    finally:
+        database.close()
+        bell.close()
+
+
+def _ask_children_to_stop(**_: Any) -> None:
+    """Celery waits for the running task on SIGTERM; this tells it to come to its end."""
+    if state.active_requests:
+        for child in billiard.active_children():
+            os.kill(child.pid, signal.SIGTERM)

@@ -1,0 +1,204 @@
+"""One job, from the claim to the publication, and every way it can end instead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+from app.artifacts.manifest import StoredFile
+from app.artifacts.store import LocalStore
+from app.errors import MergeyardError
+from app.planning.plan import Plan
+from app.planning.planner import make_plan
+from app.recipe import parse_recipe
+from app.records.bell import Bell
+from app.records.database import Database
+from app.records.janitor import sweep
+from app.records.job import CancelRequested, Job, LeaseLost
+from app.records.jobs import Jobs
+from app.records.published import merged_files
+from app.records.upkeep import Upkeep
+from app.settings import Settings
+from app.sources.resolver import Resolver
+from worker.engine.digests import DigestCache
+from worker.engine.kernels import Kernels, load, warm_up
+from worker.engine.run import build_manifest, run_merge, write_manifest
+from worker.engine.sinks import FULL
+from worker.lease import Lease, Stopping, StopRequest
+from worker.sink import StoreSink
+
+log = logging.getLogger("mergeyard.job")
+
+
+class Ending(StrEnum):
+    """How an attempt ended in this process."""
+
+    NOT_OURS = "not_ours"  # the doorbell rang twice, or the job was cancelled meanwhile
+    PUBLISHED = "published"
+    CANCELLED = "cancelled"
+    HANDED_BACK = "handed_back"
+    FAILED = "failed"  # the attempt; the job may be retried
+    LOST = "lost"  # somebody else owns the job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workplace:
+    """What one worker process works with: made once, and kept warm between jobs."""
+
+    settings: Settings
+    jobs: Jobs
+    bell: Bell
+    store: LocalStore
+    kernels: Kernels
+    digests: DigestCache
+    worker: str  # the name in events
+
+
+def open_workplace(settings: Settings, worker: str) -> Workplace:
+    """Open the database and compile the kernels, so that the first job does not pay for it."""
+    kernels = load(settings.device)
+    warm_up(kernels)
+    return Workplace(
+        settings=settings,
+        jobs=Jobs(Database(settings.database)),
+        bell=Bell(settings.broker),
+        store=LocalStore(settings.artifacts),
+        kernels=kernels,
+        digests=DigestCache(settings.root / "digests"),
+        worker=worker,
+    )
+
+
+def work(place: Workplace, job_id: str, stop: StopRequest) -> Ending:
+    """Answer the doorbell: claim the job, merge, publish. Every ending is in the row before this returns.
+
+    The one exception is a database that stays away: then the lease runs out, and the janitor decides.
+    """
+    job = place.jobs.claim(job_id, lease_seconds=place.settings.lease_seconds, worker=place.worker)
+    line = logging.LoggerAdapter(log, {"merge": job_id})
+    if job is None:
+        line.info("nothing to do: taken, finished or cancelled")
+        return Ending.NOT_OURS
+    line.info("claimed, attempt %d of %d", job.attempt, job.max_attempts)
+    with Lease(place.jobs, job, seconds=place.settings.lease_seconds, stop=stop) as lease:
+        ending = _attempt(place, job, lease, line)
+    _tidy(place, job, line)
+    if ending is Ending.HANDED_BACK:
+        _ring(place, job, line)
+    line.info("%s", ending)
+    return ending
+
+
+def _attempt(place: Workplace, job: Job, lease: Lease, line: logging.LoggerAdapter[logging.Logger]) -> Ending:
+    jobs, token = place.jobs, lease.token
+    try:
+        try:
+            artifact = _merge(place, job, lease)
+            lease.persist(lambda: jobs.publish(job.id, token, artifact))
+            return Ending.PUBLISHED
+        except CancelRequested:
+            lease.persist(lambda: jobs.confirm_cancelled(job.id, token))
+            return Ending.CANCELLED
+        except Stopping:
+            lease.persist(lambda: jobs.hand_back(job.id, token))
+            return Ending.HANDED_BACK
+        except LeaseLost:
+            raise
+        except Exception as caught:
+            error = _user_facing(caught)
+            # The trace is for the worker's log; the row and the user get the error's own words.
+            line.error("%s: %s", error.code, error.message, exc_info=None if error.fault == "user" else caught)
+            lease.persist(lambda: jobs.fail(job.id, token, error, retry=error.fault == "system"))
+            return Ending.FAILED
+    except LeaseLost:
+        line.warning("the lease is lost: another attempt owns the job")
+        return Ending.LOST
+    except MergeyardError as error:
+        line.error("the ending could not be written, the lease will run out: %s", error)
+        return Ending.LOST
+
+
+def _merge(place: Workplace, job: Job, lease: Lease) -> Mapping[str, Any]:
+    """The straight line: plan again, merge, write the manifest. The artifact's row value comes back."""
+    plan = _plan_again(place, job)
+    lease.check()
+    sink = StoreSink(place.store, place.jobs, job)
+    output = run_merge(
+        plan,
+        sink,
+        kernels=place.kernels,
+        threads=place.settings.threads,
+        control=lease,
+        digests=place.digests,
+    )
+    manifest = write_manifest(build_manifest(plan, output), sink)
+    lease.check()
+    return artifact_row(manifest, (*output.files, manifest))
+
+
+def _plan_again(place: Workplace, job: Job) -> Plan:
+    """The plan, made from the files as they are now. Raises ``source_changed`` unless it is the submitted one."""
+    resolver = Resolver(
+        roots=place.settings.roots,
+        uploads=place.settings.uploads,
+        merges=partial(merged_files, place.jobs, place.store),
+    )
+    plan = make_plan(parse_recipe(job.resolved), resolver)
+    if plan.digest != job.plan_digest:
+        raise MergeyardError(
+            "source_changed",
+            "A source's files, or Mergeyard's version, are not those the merge was planned with; submit it again.",
+        )
+    return plan
+
+
+def artifact_row(manifest: StoredFile, files: tuple[StoredFile, ...]) -> dict[str, Any]:
+    """The form of ``Job.artifact``; ``files`` include the manifest."""
+    return {
+        "manifest_sha256": manifest.sha256,
+        "manifest_key": manifest.key,
+        "size": sum(file.size for file in files),
+        "files": [asdict(file) for file in files],
+    }
+
+
+def _user_facing(error: Exception) -> MergeyardError:
+    """Any failure as one with a code. What nobody foresaw is ``internal`` and tells nothing of the inside."""
+    if isinstance(error, MergeyardError):
+        return error
+    if isinstance(error, OSError) and error.errno in FULL:
+        return MergeyardError("disk_full", "The artifact store has no room left; free some space and merge again.")
+    if isinstance(error, MemoryError):
+        return MergeyardError("out_of_memory", "The worker has too little memory for this merge.")
+    return MergeyardError(
+        "internal", "The worker met an error it did not expect; its log has the details under this merge's id."
+    )
+
+
+def _tidy(place: Workplace, job: Job, line: logging.LoggerAdapter[logging.Logger]) -> None:
+    """Delete what this attempt left in the store, but for what a retry can use or the artifact names.
+
+    The row is read again and not assumed: a lost lease may hide that our own publication went through.
+    """
+    try:
+        now = place.jobs.get(job.id)
+        if now.status.finished:
+            sweep(now, place.store)
+            Upkeep(place.jobs.database).set_swept(job.id)
+        else:
+            recorded = {shard.file.key for shard in place.jobs.shards(job.id)}
+            place.store.delete_prefix(f"{job.id}/{job.lease_token}", keep=recorded)
+    except (MergeyardError, OSError) as error:
+        line.warning("leftovers stay until the janitor sweeps them: %s", error)
+
+
+def _ring(place: Workplace, job: Job, line: logging.LoggerAdapter[logging.Logger]) -> None:
+    """Another worker may take a handed-back job at once. Retries are left to the janitor: its pause is theirs."""
+    try:
+        place.bell.ring(job.id, job.queue, job.priority)
+    except MergeyardError as error:
+        line.warning("the janitor will have to ring: %s", error)

@@ -1,0 +1,88 @@
+"""The engine's Sink into the artifact store, which keeps each finished weight file for a retry."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+
+from app.artifacts.manifest import StoredFile, TensorStatistics
+from app.artifacts.store import ArtifactStore, StoreWriter
+from app.records.job import Job
+from app.records.jobs import Jobs
+from worker.engine.sinks import statistics_as_json, statistics_from_json
+
+log = logging.getLogger("mergeyard.sink")
+
+
+class StoreSink:
+    """Files under ``<job>/<attempt token>/``. What earlier attempts recorded is adopted where its digest holds."""
+
+    def __init__(self, store: ArtifactStore, jobs: Jobs, job: Job) -> None:
+        assert job.lease_token is not None
+        self._store, self._jobs = store, jobs
+        self._job_id, self._token = job.id, job.lease_token
+        self._recorded = {shard.file.name: shard for shard in jobs.shards(job.id)}
+        self._statistics: dict[str, Mapping[str, TensorStatistics]] = {}
+        self._log = logging.LoggerAdapter(log, {"merge": job.id})
+
+    def adopt(self, filename: str) -> StoredFile | None:
+        """The recorded file, if its bytes are still those that were recorded: they are all read again."""
+        shard = self._recorded.get(filename)
+        if shard is None:
+            return None
+        try:
+            holds = self._store.sha256(shard.file.key) == shard.file.sha256
+        except OSError:
+            holds = False
+        if not holds:
+            self._log.warning("%s does not hold its digest any more; it is made again", shard.file.key)
+            return None
+        self._log.info("kept %s of an earlier attempt", filename)
+        return shard.file
+
+    def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:
+        """The statistics recorded with the file."""
+        shard = self._recorded.get(filename)
+        return None if shard is None else statistics_from_json(shard.statistics)
+
+    def remember(self, filename: str, statistics: Mapping[str, TensorStatistics]) -> None:
+        """Makes the file worth recording; see ``finish``."""
+        self._statistics[filename] = statistics
+
+    def create(self, filename: str, size: int) -> StoreFile:
+        """Begin a file of this attempt."""
+        key = f"{self._job_id}/{self._token}/{filename}"
+        return StoreFile(self, filename, key, self._store.create(key, size))
+
+    def record(self, file: StoredFile) -> None:
+        """Keep a durable weight file for a retry. Small files are made anew in no time, and are not recorded."""
+        statistics = self._statistics.pop(file.name, None)
+        if statistics is not None:
+            self._jobs.record_shard(self._job_id, self._token, file, statistics_as_json(statistics))
+
+
+class StoreFile:
+    """A FileWriter into the store, hashing what passes."""
+
+    def __init__(self, sink: StoreSink, name: str, key: str, writer: StoreWriter) -> None:
+        self._sink, self._name, self._key, self._writer = sink, name, key, writer
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: memoryview) -> None:
+        """Append."""
+        self._digest.update(data)
+        self._size += data.nbytes
+        self._writer.write(data)
+
+    def finish(self) -> StoredFile:
+        """Durable first, recorded second: a row never names bytes that a power cut could take."""
+        self._writer.close()
+        file = StoredFile(name=self._name, key=self._key, size=self._size, sha256=self._digest.hexdigest())
+        self._sink.record(file)
+        return file
+
+    def abort(self) -> None:
+        """Leave nothing."""
+        self._writer.abort()

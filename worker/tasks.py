@@ -1,0 +1,91 @@
+"""The doorbell's answer, in a pool child. Importing this module registers it with Celery, which is Celery's way.
+
+The parent process imports it too and must stay free of torch (and of CUDA, once there is a GPU): what works lives in
+``worker.job``, imported by the child alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from celery import Task, current_app, shared_task
+from celery.signals import setup_logging, worker_process_init
+
+from app.records.bell import TASK
+from app.settings import Settings
+from worker.lease import StopRequest
+
+if TYPE_CHECKING:
+    from worker.job import Workplace
+
+LINE = "%(asctime)s %(levelname)s %(process)d %(name)s merge=%(merge)s %(message)s"
+
+
+# Celery is untyped: hence the ignores at its base class and decorators.
+
+
+class Doorbell(Task):  # type: ignore[misc]
+    """The task of one process."""
+
+    @cached_property
+    def place(self) -> Workplace:
+        """What this process works with; opening it imports torch and compiles the kernels."""
+        from worker.job import open_workplace  # noqa: PLC0415 — the parent must not import torch
+
+        settings = Settings.model_validate_json(self.app.conf.mergeyard_settings)
+        return open_workplace(settings, worker=self.app.conf.mergeyard_worker)
+
+
+@shared_task(name=TASK, base=Doorbell, bind=True, ignore_result=True)  # type: ignore[untyped-decorator]
+def answer(self: Doorbell, job_id: str) -> None:
+    """Work on the job. A process in which an attempt failed is not trusted with another."""
+    from worker.job import Ending, work  # noqa: PLC0415
+
+    stop = StopRequest()
+    with _sigterm(stop):
+        ending = work(self.place, job_id, stop)
+    if ending in (Ending.FAILED, Ending.LOST):
+        leave()
+
+
+def leave() -> None:
+    """End this pool child; the pool starts another. The row is closed, so nothing can be lost."""
+    logging.getLogger("mergeyard.tasks").info("this process makes room for a fresh one")
+    sys.stderr.flush()
+    os._exit(0)
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]
+def _warm(**_: Any) -> None:
+    _ = current_app.tasks[TASK].place
+
+
+@setup_logging.connect  # type: ignore[untyped-decorator]
+def set_up_logging(**_: Any) -> None:
+    """Lines on stderr that name the merge. Celery leaves logging alone where this signal is answered."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(LINE, defaults={"merge": "-"}))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("mergeyard").setLevel(logging.INFO)
+
+
+@contextmanager
+def _sigterm(stop: StopRequest) -> Iterator[None]:
+    """While a job runs, SIGTERM asks it to stop at its next check instead of ending the process."""
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        stop.made = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
