@@ -1,0 +1,118 @@
+"""The local artifact store."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from app.artifacts.store import LocalStore
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "store")
+
+
+def write(store: LocalStore, key: str, data: bytes = b"hello world") -> None:
+    with store.create(key, len(data)) as writer:
+        writer.write(memoryview(data)[:5])
+        writer.write(data[5:])
+
+
+def test_what_is_written_reads_back_from_any_offset(store: LocalStore) -> None:
+    write(store, "job/token/folder/model.safetensors")
+    key = "job/token/folder/model.safetensors"
+    assert store.size(key) == 11 and store.path(key).read_bytes() == b"hello world"
+    assert store.sha256(key) == hashlib.sha256(b"hello world").hexdigest()
+    with store.open(key, 6) as file:
+        assert file.read() == b"world"
+
+
+def test_less_than_announced_is_cut_to_what_came(store: LocalStore) -> None:
+    with store.create("job/t/a", 1 << 20) as writer:
+        writer.write(b"abc")
+    assert store.path("job/t/a").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "/etc/passwd", "../x", "job/../../x", "job//x", "job/./x", "job/\0x", "job/a\nb", ".trash/x", "job\\..\\x"],
+)
+def test_no_key_leads_outside(store: LocalStore, key: str) -> None:
+    with pytest.raises(ValueError, match="not a store key"):
+        store.path(key)
+
+
+def test_an_aborted_file_leaves_nothing(store: LocalStore) -> None:
+    with pytest.raises(ZeroDivisionError), store.create("job/t/a", 100) as writer:
+        writer.write(b"abc")
+        raise ZeroDivisionError
+    assert list(store.keys("job")) == []
+
+
+def test_a_key_is_written_once(store: LocalStore) -> None:
+    write(store, "job/t/a")
+    with pytest.raises(FileExistsError):
+        store.create("job/t/a")
+
+
+def test_a_full_disk_shows_before_anything_is_written(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.create("job/t/a", 100)
+    assert list(store.keys("job")) == []
+
+
+def test_closing_syncs_the_file_and_every_folder_that_names_it(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(store, "job/t/a")
+    folder = store.folder
+    assert synced == [folder / "job/t/a", folder / "job/t", folder / "job", folder]
+
+
+def test_deleting_a_prefix_takes_all_of_it_and_nothing_else(store: LocalStore) -> None:
+    for key in ("job/t/a", "job/t/b/c", "job2/t/a"):
+        write(store, key)
+    store.delete_prefix("job")
+    store.delete_prefix("job")
+    assert list(store.keys("job")) == [] and list(store.keys("job2")) == ["job2/t/a"]
+    assert list((store.folder / ".trash").iterdir()) == []
+
+
+def test_deleting_a_prefix_but_for_some_keys(store: LocalStore) -> None:
+    for key in ("job/t/a", "job/t/b/c", "job/u/a"):
+        write(store, key)
+    store.delete_prefix("job", keep={"job/u/a", "other/key"})
+    assert list(store.keys("job")) == ["job/u/a"] and not store.path("job/t").exists()
+
+
+def test_what_a_crash_left_in_the_trash_goes_with_the_next_deletion(store: LocalStore) -> None:
+    leftover = store.folder / ".trash" / "crashed"
+    leftover.mkdir(parents=True)
+    (leftover / "file").write_bytes(b"x")
+    store.delete_prefix("job")
+    assert not leftover.exists()
+
+
+def test_deleting_a_file_twice_is_fine(store: LocalStore) -> None:
+    write(store, "job/t/a")
+    store.delete("job/t/a")
+    store.delete("job/t/a")
+    with pytest.raises(FileNotFoundError):
+        store.size("job/t/a")

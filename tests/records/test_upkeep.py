@@ -1,0 +1,167 @@
+"""The janitor's cases, on both databases; its rings; and its sweeping."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from app.artifacts.manifest import StoredFile
+from app.artifacts.store import LocalStore
+from app.errors import MergeyardError
+from app.records.bell import Bell
+from app.records.database import Database
+from app.records.janitor import Janitor
+from app.records.job import JanitorReport, Job, Status
+from app.records.jobs import Jobs
+from app.records.upkeep import Upkeep
+from tests.records.submitting import claimed, new_job
+
+NOTHING = JanitorReport(ring=(), requeued=(), failed=(), cancelled=())
+
+
+@pytest.fixture
+def upkeep(database: Database) -> Upkeep:
+    return Upkeep(database)
+
+
+def kinds(jobs: Jobs, job: Job) -> list[str]:
+    return [event.type for event in jobs.events(job.id)]
+
+
+def test_a_dead_lease_goes_back_to_the_queue_while_attempts_remain(jobs: Jobs, upkeep: Upkeep) -> None:
+    job = claimed(jobs, lease_seconds=0.01, max_attempts=2, queue="q", priority=1)
+    time.sleep(0.05)
+    report = upkeep.round()
+    assert report.requeued == (job.id,) and [(ring.id, ring.queue, ring.priority) for ring in report.ring] == [
+        (job.id, "q", 1)
+    ]
+    back = jobs.get(job.id)
+    assert (back.status, back.attempt, back.lease_token) == (Status.QUEUED, 1, None)
+    assert kinds(jobs, job) == ["submitted", "claimed", "worker_lost"]
+    assert upkeep.round() == NOTHING, "a second round finds nothing to do"
+
+
+def test_a_dead_lease_without_attempts_fails_with_worker_lost(jobs: Jobs, upkeep: Upkeep) -> None:
+    job = claimed(jobs, lease_seconds=0.01, max_attempts=1)
+    time.sleep(0.05)
+    assert upkeep.round().failed == (job.id,)
+    failed = jobs.get(job.id)
+    assert failed.status is Status.FAILED and failed.error and failed.error["code"] == "worker_lost"
+    assert kinds(jobs, job) == ["submitted", "claimed", "worker_lost", "failed"]
+
+
+def test_a_stuck_cancelling_row_is_closed(jobs: Jobs, upkeep: Upkeep) -> None:
+    job = claimed(jobs, lease_seconds=0.01)
+    jobs.request_cancel(job.id)
+    time.sleep(0.05)
+    assert upkeep.round().cancelled == (job.id,)
+    assert kinds(jobs, job) == ["submitted", "claimed", "cancel_requested", "worker_lost", "cancelled"]
+
+
+def test_a_job_that_lives_but_does_not_move_is_taken_away(jobs: Jobs, upkeep: Upkeep) -> None:
+    job = claimed(jobs)
+    time.sleep(0.1)
+    jobs.heartbeat(job.id, job.lease_token or "", lease_seconds=60, progress_bytes=0)
+    assert upkeep.round(stalled_after=60) == NOTHING
+    assert upkeep.round(stalled_after=0.05).requeued == (job.id,)
+    assert jobs.events(job.id)[-1].data == {"attempt": 1, "reason": "stalled"}
+
+
+def test_a_living_job_is_left_alone(jobs: Jobs, upkeep: Upkeep) -> None:
+    job = claimed(jobs)
+    assert upkeep.round(ring_after=0) == NOTHING
+    assert jobs.get(job.id) == job
+
+
+def test_a_queued_row_is_rung_again_once_it_is_stale(jobs: Jobs, upkeep: Upkeep) -> None:
+    first, _ = jobs.submit(new_job())
+    second, _ = jobs.submit(new_job())
+    assert upkeep.round(ring_after=60) == NOTHING
+    assert [ring.id for ring in upkeep.round(ring_after=0).ring] == [first.id, second.id]
+    assert upkeep.round(ring_after=60) == NOTHING, "what was rung just now is not stale"
+
+
+def test_many_janitors_at_once_lose_a_worker_once(jobs: Jobs, upkeep: Upkeep) -> None:
+    dead = [claimed(jobs, lease_seconds=0.01) for _ in range(5)]
+    time.sleep(0.05)
+    reports: list[JanitorReport] = []
+    threads = [threading.Thread(target=lambda: reports.append(upkeep.round())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(job_id for report in reports for job_id in report.requeued) == sorted(job.id for job in dead)
+    for job in dead:
+        assert kinds(jobs, job).count("worker_lost") == 1
+
+
+def test_the_janitor_rings_for_what_no_doorbell_waits_for(sqlite_url: str, broker_url: str, queue: str) -> None:
+    jobs, bell = Jobs(Database(sqlite_url)), Bell(broker_url)
+    janitor = Janitor(jobs, bell, interval=0.01)
+    for _ in range(3):
+        jobs.submit(new_job(queue=queue))
+    time.sleep(0.05)
+    janitor.round()
+    assert bell.waiting(queue) == 3
+    time.sleep(0.05)
+    janitor.round()
+    assert bell.waiting(queue) == 3, "a long queue is not filled with repeats"
+    bell.close()
+
+
+def test_a_broker_that_is_away_loses_no_job_and_answers_soon(sqlite_url: str, tmp_path: Path) -> None:
+    jobs, bell = Jobs(Database(sqlite_url)), Bell(f"redis+socket://{tmp_path}/nobody.sock")
+    job, _ = jobs.submit(new_job())
+    for call in (lambda: bell.ring(job.id, job.queue), bell.check, lambda: bell.waiting(job.queue)):
+        began = time.monotonic()
+        with pytest.raises(MergeyardError) as caught:
+            call()
+        assert caught.value.code == "broker_unavailable" and time.monotonic() - began < 2
+    with pytest.raises(MergeyardError):
+        Janitor(jobs, bell, interval=0).round()
+    assert jobs.get(job.id).status is Status.QUEUED
+
+
+def test_the_thread_survives_rounds_that_fail(sqlite_url: str, tmp_path: Path) -> None:
+    jobs = Jobs(Database(sqlite_url))
+    janitor = Janitor(jobs, Bell(f"redis+socket://{tmp_path}/nobody.sock"), interval=0.02)
+    job = claimed(jobs, lease_seconds=0.2)
+    janitor.start()
+    deadline = time.monotonic() + 10
+    while jobs.get(job.id).status is Status.RUNNING and time.monotonic() < deadline:
+        time.sleep(0.02)
+    janitor.stop()
+    assert jobs.get(job.id).status is Status.QUEUED
+
+
+def write(store: LocalStore, key: str) -> None:
+    with store.create(key) as writer:
+        writer.write(b"data")
+
+
+def test_sweeping_keeps_what_is_published_and_what_a_retry_can_use(
+    sqlite_url: str, broker_url: str, tmp_path: Path
+) -> None:
+    jobs, store = Jobs(Database(sqlite_url)), LocalStore(tmp_path / "store")
+    published, failed, retried, deleted = (claimed(jobs) for _ in range(4))
+    for job in (published, failed, retried, deleted):
+        for name in ("kept", "left"):
+            write(store, f"{job.id}/{job.lease_token}/{name}")
+    for job in (published, deleted):
+        key = f"{job.id}/{job.lease_token}/kept"
+        file = {"name": "kept", "key": key, "size": 4, "sha256": "0"}
+        jobs.publish(job.id, job.lease_token or "", {"manifest_key": key, "files": [file]})
+    jobs.fail(failed.id, failed.lease_token or "", MergeyardError("internal", "x"), retry=False)
+    kept = StoredFile(name="kept", key=f"{retried.id}/{retried.lease_token}/kept", size=4, sha256="0")
+    jobs.record_shard(retried.id, retried.lease_token or "", kept, {})
+    jobs.delete(deleted.id)
+    bell = Bell(broker_url)
+    Janitor(jobs, bell, interval=60, store=store).round()
+    bell.close()
+    assert list(store.keys(published.id)) == [f"{published.id}/{published.lease_token}/kept"]
+    assert len(list(store.keys(retried.id))) == 2, "a running attempt's files are its own"
+    assert list(store.keys(failed.id)) == list(store.keys(deleted.id)) == []
+    assert Upkeep(jobs.database).unswept() == []
