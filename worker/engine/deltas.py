@@ -21,6 +21,7 @@ from worker.engine.reader import Reader
 
 DELTA_BUDGET = 512_000_000  # bytes of Δ kept between passes; the planner's estimate counts on it
 _ALIGNED = 16  # float32 values in 64 bytes
+_CHEAP_RANK = 64  # up to here B·A of a block in the caches costs less than writing it to memory and reading it back
 
 
 class Scratch:
@@ -136,7 +137,10 @@ class Deltas:
     """Opens the task vectors of one tensor after the other, keeping the last one's in memory where they fit."""
 
     def __init__(self, plan_sources: Sequence[str], reader: Reader, budget: int = DELTA_BUDGET) -> None:
-        """``plan_sources``: the references, for messages. ``budget``: bytes of Δ kept; beyond it Δ is formed anew."""
+        """``plan_sources``: the references, for messages.
+
+        ``budget``: bytes of Δ kept between passes; where it is more, or cheap to form, it is formed anew in each.
+        """
         self._references, self._reader, self._budget = plan_sources, reader, budget
         self._buffer = torch.empty(0, dtype=torch.float32)
         self._last: TensorDeltas | None = None
@@ -152,6 +156,8 @@ class Deltas:
         return self._last
 
     def _room(self, tensor: TensorPlan) -> torch.Tensor | None:
+        if not any(map(_worth_keeping, tensor.contributions)):
+            return None
         values = kept_values(cut(tensor.shape), len(tensor.contributions))
         if values * 4 > self._budget:
             return None
@@ -168,6 +174,11 @@ class Deltas:
             if not all_finite(values):
                 raise not_finite(self._references[contribution.source], spec)
         return Factors(A, B, lora.scale, lora.transposed)
+
+
+def _worth_keeping(contribution: Contribution) -> bool:
+    lora = contribution.lora
+    return contribution.full is not None or (lora is not None and lora.A.shape[0] > _CHEAP_RANK)
 
 
 def kept_values(blocks: Sequence[Block], sources: int) -> int:

@@ -104,7 +104,7 @@ class FolderSink:
 
     def __enter__(self) -> FolderSink:
         missing = [parent for parent in self.out.parents if not parent.exists()]
-        if shutil.disk_usage(self.out.parents[len(missing)]).free < self._needs:
+        if _free_bytes(self.out.parents[len(missing)]) < self._needs:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._made = missing
         self._folder.mkdir(parents=True)
@@ -185,6 +185,10 @@ class LocalFile:
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
         self._path.unlink(missing_ok=True)
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def _reserve(descriptor: int, size: int) -> None:

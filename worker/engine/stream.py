@@ -96,6 +96,7 @@ class Stream:
                 statistics.update(remembered)
         waiting = [shard for shard in self._plan.shards if shard.filename not in adopted]
         written = self._write(waiting, statistics) if waiting else {}
+        self._meter.complete()
         stored_files = [{**adopted, **written}[shard.filename] for shard in self._plan.shards]
         ordered = {tensor.name: statistics[tensor.name] for tensor in self._plan.tensors if tensor.contributions}
         return stored_files, ordered
@@ -190,6 +191,9 @@ class _Meter:
         self._hashing.check()
         self._control.check()
         self._control.progress(self._done, self._total)
+
+    def complete(self) -> None:
+        self.reach(self._total)
 
     def reach(self, nbytes: int) -> None:
         self.advance(max(0, nbytes - self._done))

@@ -73,14 +73,15 @@ class _Search:
     def divides_equals(self) -> bool:
         return self.open and self.equals_kept < self.equals_present
 
-    def trim(self, tensor: TensorPlan) -> SourceTrim | None:
+    def trim(self, tensor: TensorPlan, *, rescale: bool) -> SourceTrim | None:
         """What is known so far, for one tensor."""
         if self.k >= self.values:
             return None
         if self.k <= 0:
             return SourceTrim(threshold=KEEP_NONE.threshold, equals=0)
         equals = self.equals.get(tensor.name, _ALL_EQUALS)
-        return SourceTrim(threshold=self.threshold, equals=equals, rescale=self.rescale)
+        factor = self.rescale if rescale else 1.0
+        return SourceTrim(threshold=self.threshold, equals=equals, rescale=factor)
 
 
 Pulse: TypeAlias = Callable[[TensorPlan, Block], None]  # told of each block done
@@ -134,7 +135,7 @@ class Passes:
                 self._divide_equals(scope, searches, pulse)
             if any(self.method.needs(tensor).rescale for tensor in scope):
                 self._find_rescales(scope, searches, pulse)
-        return {tensor.name: _trims(tensor, searches) for tensor in scope}
+        return {tensor.name: _trims(tensor, searches, rescale=self.method.needs(tensor).rescale) for tensor in scope}
 
     def balance(self, tensor: TensorPlan, trims: TensorTrims, pulse: Pulse) -> int:
         """The sum of the elected signs of a tensor: its part in the model's majority sign."""
@@ -220,7 +221,7 @@ class Passes:
         def norms(tensor: TensorPlan, block: Block, deltas: torch.Tensor) -> list[tuple[int, float, float]]:
             found = []
             for index, search in _open_searches(tensor, searches):
-                trim = search.trim(tensor)
+                trim = search.trim(tensor, rescale=False)
                 assert trim is not None  # an open search trims
                 everything = self.kernels.kept_l1(deltas[index], KEEP_ALL)
                 kept = self.kernels.kept_l1(deltas[index], trim.at(block))
@@ -286,8 +287,8 @@ def _open_searches(tensor: TensorPlan, searches: dict[int, _Search]) -> Iterator
             yield index, searches[contribution.source]
 
 
-def _trims(tensor: TensorPlan, searches: dict[int, _Search]) -> TensorTrims:
+def _trims(tensor: TensorPlan, searches: dict[int, _Search], *, rescale: bool) -> TensorTrims:
     return [
-        searches[contribution.source].trim(tensor) if _changes(contribution) else None
+        searches[contribution.source].trim(tensor, rescale=rescale) if _changes(contribution) else None
         for contribution in tensor.contributions
     ]
