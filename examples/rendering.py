@@ -82,7 +82,9 @@ def answer_logits(
     """
     width = max(example.length for example in batch) - 1
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for row, example in enumerate(batch):
         # Padding comes last, where a causal model cannot see it: no mask is needed.
         ids = (example.prompt + example.answer)[:-1]
@@ -97,7 +99,7 @@ def answer_logits(
 
 def _repeated(cache: DynamicCache, rows: int) -> DynamicCache:
     """A copy of a one-row cache for `rows` rows; the original is not grown by what follows it."""
-    layers: list[tuple[Any, ...]] = [
-        (layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in cache.layers
-    ]
-    return DynamicCache(layers)
+    layers: list[Any] = cache.layers
+    return DynamicCache(
+        [tuple(part.expand(rows, -1, -1, -1) for part in (layer.keys, layer.values)) for layer in layers]
+    )

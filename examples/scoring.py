@@ -10,6 +10,7 @@ reason to do. `agreement` holds the shortcut against real generation; `python -m
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +55,10 @@ def exact_match(matches: Sequence[bool]) -> float:
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 96) -> str:
     """The greedy answer, as any user of the model would get it."""
     ids = torch.tensor([prompt_ids(tokenizer, prompt)])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)
+    generator: Any = model  # typed by transformers as a tensor or a module
+    output = generator.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
+    )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -44,7 +45,7 @@ class Training:
         return self.steps * self.batch
 
 
-TRAININGS: dict[Task, Training] = {"sql": Training(seed=11, steps=300), "json": Training(seed=23, steps=150)}
+TRAININGS: dict[Task, Training] = {"sql": Training(seed=11, steps=300), "json": Training(seed=23, steps=100)}
 
 SUMMARIES: dict[Task, str] = {
     "sql": "a request in English → one SQL query",
@@ -71,7 +72,7 @@ def train(task: Task, base: Path, console: Console) -> None:
 
     for parameter in adapted.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)  # scored as it will be saved
-    core = adapted.get_base_model().eval()
+    core = cast(PreTrainedModel, adapted.get_base_model().eval())
     scores = {
         split: exact_match(exact_matches(core, tokenizer, examples(task, split))) for split in ("validation", "test")
     }
@@ -91,7 +92,7 @@ def _optimise(
     task: Task, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, training: Training, console: Console
 ) -> None:
     """One pass over the training examples; the loss is on the answer and its end-of-turn token alone."""
-    core = adapted.get_base_model().train()
+    core = cast(PreTrainedModel, adapted.get_base_model().train())
     rendered = render(tokenizer, examples(task, "train", training.examples))
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
@@ -142,7 +143,7 @@ def _publish(task: Task, adapted: PeftModel, card: str) -> None:
     ADAPTERS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ADAPTERS, prefix=".making-") as scratch:
         made = Path(scratch) / task
-        adapted.save_pretrained(made)
+        adapted.save_pretrained(str(made))
         (made / "README.md").write_text(card)
         if (ADAPTERS / task).exists():
             (ADAPTERS / task).rename(Path(scratch) / "before")
