@@ -182,10 +182,12 @@ def _check_saved(saved: Mapping[str, TensorSpec], config: Mapping[str, Any], ref
     declared = config.get("modules_to_save") or []
     if not isinstance(declared, list) or not all(isinstance(item, str) for item in declared):
         raise _invalid(reference, "modules_to_save is not a list of names")
+    # PEFT also saves resized embeddings without declaring them.
+    known = (*declared, "embed_tokens", "lm_head")
     for name in saved:
-        parts = name.split(".")
-        # PEFT also saves resized embeddings without declaring them.
-        if not any(item in parts or name.startswith(f"{item}.") for item in [*declared, "embed_tokens", "lm_head"]):
+        # PEFT takes every module whose name ends so: "norm" is also "layers.0.input_layernorm".
+        parents = [name[:dot] for dot, letter in enumerate(name) if letter == "."]
+        if not any(parent.endswith(known) for parent in parents):
             raise _invalid(reference, f"the key {name} is neither a factor nor listed in modules_to_save")
 
 
