@@ -199,6 +199,14 @@ def test_denormals_are_not_flushed(kernels: Kernels) -> None:
 
 
 @ROOMS
+def test_more_equals_than_there_are_keeps_them_all(kernels: Kernels) -> None:
+    delta, out = torch.tensor([1.0, -1.0, 0.5, 2.0, 1.0]), torch.empty(5)
+    statistics = _keep(kernels, delta, Trim(threshold=0x3F800000, equals=9), out)
+    assert out.tolist() == [1.0, -1.0, 0.0, 2.0, 1.0]
+    assert statistics.kept == (4,)
+
+
+@ROOMS
 def test_rows_may_lie_apart(kernels: Kernels) -> None:
     wide = torch.arange(20.0).view(2, 10)
     out = torch.empty(4)

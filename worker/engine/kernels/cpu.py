@@ -537,7 +537,9 @@ def _load(base: Floats, halves: Halves, start: int, width: int, origin: Floats) 
         for j in range(len(tile)):
             bits[j] = np.uint32(tile[j]) << 16
     else:
-        origin[:width] = base[start : start + width]
+        floats = base[start : start + width]
+        for j in range(len(floats)):  # a slice assigned to a slice would take four times as long to compile
+            origin[j] = floats[j]
 
 
 @_compiled
@@ -552,4 +554,6 @@ def _store(result: Floats, start: int, width: int, out: Floats, halves: Halves) 
             nan = (value & 0x7FFF_FFFF) > 0x7F80_0000
             tile[j] = np.uint16((value >> 16) | 0x40 if nan else rounded)
     else:
-        out[start : start + width] = result[:width]
+        floats = out[start : start + width]
+        for j in range(len(floats)):
+            floats[j] = result[j]
