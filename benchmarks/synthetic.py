@@ -68,7 +68,7 @@ def write_case(folder: Path) -> None:
     """The base and its adapters below ``folder``; what is there already is written again."""
     base = folder / "base"
     base.mkdir(parents=True, exist_ok=True)
-    places = {}
+    places: dict[str, str] = {}
     for number, shapes in enumerate(_shards(base_shapes()), start=1):
         filename = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
         write_random(base / filename, shapes, torch.bfloat16, seed="base")
@@ -88,7 +88,7 @@ def write_case(folder: Path) -> None:
 
 
 def write_random(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, seed: str) -> None:
-    """A safetensors file of Gaussian noise (σ 0.02), seeded by ``seed`` and each tensor's name, one tensor at a time."""
+    """A safetensors file of Gaussian noise (σ 0.02), seeded by ``seed`` and each tensor's name."""
     word = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

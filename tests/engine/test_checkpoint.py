@@ -78,7 +78,7 @@ def test_a_sharded_base_gives_the_same_tensors(root: Path) -> None:
     folder = root / "sharded"
     folder.mkdir()
     tensors = llama_tensors()
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate((list(tensors)[:2], list(tensors)[2:]), start=1):
         filename = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in names}, folder / filename, {"format": "pt"})

@@ -95,7 +95,8 @@ def test_vector_b(room: Room, parameters: dict[str, Any], expected: list[float],
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_vector_b_by_task_arithmetic(room: Room, tmp_path: Path) -> None:
-    found = merged(tmp_path, room, B, "task_arithmetic", weights=(0.6, 0.4), **{"lambda": 0.5})
+    halved: dict[str, Any] = {"lambda": 0.5}
+    found = merged(tmp_path, room, B, "task_arithmetic", weights=(0.6, 0.4), **halved)
     assert found == near([0.18, 0.02, 0.29, -0.29, 0.015, 0.03])
 
 

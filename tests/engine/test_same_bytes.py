@@ -70,7 +70,7 @@ def test_larger_tensors_at_odd_widths_change_no_byte(tmp_path: Path) -> None:
     models = [{"adapter": f"a{index}", "parameters": {"density": 0.2}} for index in range(3)]
     plan = plan_of(tmp_path, {"base_model": "base", "merge_method": "ties", "models": models})
     assert len(blocks.cut(shape)) > 2
-    found = []
+    found: list[dict[str, bytes]] = []
     for threads, budget in ((1, 0), (4, 1 << 30), (3, 0), (1, 1 << 30)):
         merge(plan, tmp_path / f"out-{len(found)}", threads=threads, delta_budget=budget)
         found.append(bytes_of(tmp_path / f"out-{len(found)}"))
