@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.routing import Route
 
 import app
-from app.api import errors, files, health, merges, sources, uploads
+from app.api import errors, files, health, merges, openapi, sources, uploads
 from app.api.middleware import BodyLimit, RequestIds
 from app.api.service import Service, merged_files
 from app.artifacts.store import LocalStore
@@ -59,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=openapi.operation_id,
     )
     # Added last is outermost.
     api.add_middleware(BodyLimit, default=settings.max_body_bytes, limits={"/uploads": settings.max_upload_bytes})
@@ -66,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     routers = [resource.router for resource in (merges, files, uploads, sources, health)]
     for router in routers:
         api.include_router(router)
+    openapi.install(api)
     errors.install(api, [route for router in routers for route in router.routes if isinstance(route, Route)])
     return api
 

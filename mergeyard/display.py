@@ -19,7 +19,6 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -116,21 +115,22 @@ def show_warnings(warnings: Sequence[Mapping[str, object]]) -> None:
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """Sources, what changes, what it takes, and what deserves a second look."""
-    sources = Table("role", "reference", "size", "tensors it changes", title=f"{plan['method']}")
-    sources.add_row("base", Text(plan["base"]["reference"]), size(plan["base"]["size"]), "")
+    rows = [("base", plan["base"]["reference"], size(plan["base"]["size"]), "")]
     for index, source in enumerate(plan["sources"]):
         changed = sum(index in tensor["sources"] for tensor in plan["touched"])
-        sources.add_row(source["role"], Text(source["reference"]), size(source["size"]), str(changed))
-    _out().print(sources)
+        rows.append((source["role"], source["reference"], size(source["size"]), str(changed)))
+    _columns(("role", "reference", "size", "tensors it changes"), rows)
+    say("")
     estimates = plan["estimates"]
-    rows = {
+    facts = {
+        "method": plan["method"],
         "result": f"{size(estimates['output_bytes'])} in {len(plan['shards'])} file(s)",
         "tensors changed": f"{estimates['tensors_touched']} of {estimates['tensors']}",
         "parameters changed": f"{estimates['parameters_touched']:,} of {estimates['parameters']:,}",
         "peak memory": size(estimates["peak_memory_bytes"]),
         "fingerprint": plan["fingerprint"],
     }
-    _out().print(_pairs(rows))
+    _out().print(_pairs(facts))
     touched = [f"{tensor['name']} {tensor['dtype']} {tensor['shape']}" for tensor in plan["touched"]]
     for line in touched[:LONGEST_LIST]:
         _out().print(Text(f"  {line}", style="dim"))
@@ -173,7 +173,7 @@ def show_merge(merge: Merge) -> None:
         "progress": f"{progress['fraction']:.0%} of {size(progress['bytes_total'])}",
         "attempt": f"{merge['attempt']} of {merge['max_attempts']}",
         "queue": merge["queue"],
-        "labels": ", ".join(f"{name}={value}" for name, value in merge["labels"].items()),
+        "labels": _listed(merge["labels"]),
         "created": _ago(merge["created_at"]),
         "finished": _ago(merge["finished_at"]),
         "fingerprint": merge["fingerprint"],
@@ -187,27 +187,42 @@ def show_merge(merge: Merge) -> None:
 
 
 def show_page(page: MergePage) -> None:
-    table = Table("id", "status", "method", "progress", "created", "labels")
-    for merge in page["items"]:
-        table.add_row(
-            Text(merge["id"], no_wrap=True),
-            Text(_state(merge) if merge["status"] == "running" else merge["status"], STYLES.get(merge["status"], "")),
+    rows = [
+        (
+            merge["id"],
+            _state(merge) if merge["status"] == "running" else merge["status"],
             merge["method"],
             f"{merge['progress']['fraction']:.0%}",
             _ago(merge["created_at"]),
-            Text(", ".join(f"{name}={value}" for name, value in merge["labels"].items())),
+            _listed(merge["labels"]),
         )
-    _out().print(table)
+        for merge in page["items"]
+    ]
+    _columns(("id", "status", "method", "progress", "created", "labels"), rows)
     if page["next_cursor"]:
         note(f"More: --cursor {page['next_cursor']}", style="dim")
 
 
 def show_events(page: EventPage) -> None:
-    table = Table("id", "at", "event", "")
-    for event in page["items"]:
-        data = ", ".join(f"{name}={value}" for name, value in event["data"].items())
-        table.add_row(str(event["id"]), event["at"], event["type"], Text(data))
-    _out().print(table)
+    rows = [(str(event["id"]), event["at"], event["type"], _listed(event["data"])) for event in page["items"]]
+    _columns(("id", "at", "event", "data"), rows)
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns that are never cut: an id is there to be copied, whatever the window's width."""
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for index, row in enumerate((names, *rows)):
+        cells = [
+            Text(f"{cell:<{width}}  ", style="bold" if index == 0 else STYLES.get(cell, ""))
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        line = Text.assemble(*cells)
+        line.rstrip()
+        _out().print(line)
+
+
+def _listed(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _pairs(rows: Mapping[str, str]) -> Text:

@@ -16,15 +16,20 @@ from app.api.service import Serving
 from app.api.transfer import Stored, serve
 from app.errors import MergeyardError
 
-Responses = dict[int | str, dict[str, Any]]
-
 # Everything else goes out as bytes: a browser must never run what came with somebody's model.
 CONTENT_TYPES = {
     ".json": "application/json",
     ".md": "text/markdown; charset=utf-8",
     ".txt": "text/plain; charset=utf-8",
 }
-PARTS: Responses = {206: {"description": "The range that was asked for"}, 304: {"description": "The ETag still holds"}}
+DOWNLOAD: dict[int | str, dict[str, Any]] = {
+    200: {"description": "All of it", "content": {"application/octet-stream": {}}},
+    206: {"description": "The range that was asked for"},
+    304: {"description": "The ETag still holds"},
+    404: Problem,
+    409: Problem,
+    416: Problem,
+}
 
 router = APIRouter(prefix="/merges/{id}", tags=["files"])
 
@@ -39,13 +44,8 @@ def list_files(id: Id, serving: Serving, response: Response) -> FileList:
     return FileList.of(id, files, manifest_sha256)
 
 
-@router.api_route(
-    "/files/{path:path}",
-    methods=["GET", "HEAD"],
-    response_class=Response,
-    summary="Download a file",
-    responses={**PARTS, 404: Problem, 409: Problem, 416: Problem},
-)
+@router.get("/files/{path:path}", response_class=Response, summary="Download a file", responses=DOWNLOAD)
+@router.head("/files/{path:path}", response_class=Response, summary="Look at a file", responses=DOWNLOAD)
 async def download(id: Id, path: str, request: Request, serving: Serving) -> Response:
     """Takes Range, If-Range and If-None-Match; `ETag` is the quoted sha256, `Repr-Digest` the same in base64."""
     _, files = await run_in_threadpool(serving.published, id)
@@ -60,13 +60,8 @@ async def download(id: Id, path: str, request: Request, serving: Serving) -> Res
     return await serve(request, [Stored(file.key, file.size)], serving.store, etag=f'"{file.sha256}"', headers=headers)
 
 
-@router.api_route(
-    "/archive.tar",
-    methods=["GET", "HEAD"],
-    response_class=Response,
-    summary="Download everything as one tar",
-    responses={**PARTS, 404: Problem, 409: Problem, 416: Problem},
-)
+@router.get("/archive.tar", response_class=Response, summary="Download everything as one tar", responses=DOWNLOAD)
+@router.head("/archive.tar", response_class=Response, summary="Look at the tar", responses=DOWNLOAD)
 async def archive(id: Id, request: Request, serving: Serving) -> Response:
     """Streamed with its exact length, resumable like any file; the same artifact always gives the same bytes."""
     job, files = await run_in_threadpool(serving.published, id)

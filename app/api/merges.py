@@ -33,7 +33,7 @@ POLL_SECONDS = 1  # Retry-After of an unfinished merge; a worker writes its prog
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 Id = Annotated[str, Path(pattern=r"^[\w.-]{1,96}$", description="The id that POST /merges answered with")]
-Problem = {"model": ProblemDocument, "content": {"application/problem+json": {}}}
+Problem = {"model": ProblemDocument}
 
 router = APIRouter(prefix="/merges", tags=["merges"])
 

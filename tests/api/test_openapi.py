@@ -1,0 +1,126 @@
+"""The OpenAPI document: every example in it runs as it stands, and every answer has the shape it promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from app.main import create_app
+from app.settings import Settings
+from tests.api.serving import PROBLEM, ServedApi
+
+DOCUMENT = create_app(Settings()).openapi()
+
+
+def body_examples() -> list[Any]:
+    """(path, media type, name, value) of every documented request body."""
+    return [
+        pytest.param(path, media_type, example["value"], id=f"{method} {path} {name}")
+        for path, operations in DOCUMENT["paths"].items()
+        for method, operation in operations.items()
+        for media_type, content in operation.get("requestBody", {}).get("content", {}).items()
+        for name, example in content.get("examples", {}).items()
+    ]
+
+
+def problems_of(  # noqa: PLR0911 (one kind of schema a return)
+    value: Any, schema: dict[str, Any], where: str = "$"
+) -> list[str]:
+    """Where a value is not what a schema of the kind pydantic writes says."""
+    if "$ref" in schema:
+        return problems_of(value, DOCUMENT["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]], where)
+    if "anyOf" in schema:
+        found = [problems_of(value, one, where) for one in schema["anyOf"]]
+        return min(found, key=len)
+    if "enum" in schema:
+        return [] if value in schema["enum"] else [f"{where}: {value!r}"]
+    kinds: dict[str, Any] = {
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+        "object": dict,
+        "array": list,
+        "null": type(None),
+    }
+    if not isinstance(value, kinds.get(schema.get("type", ""), object)):
+        return [f"{where}: {value!r} is no {schema['type']}"]
+    if isinstance(value, list):
+        return [found for item in value for found in problems_of(item, schema.get("items", {}), f"{where}[]")]
+    if isinstance(value, dict) and "properties" in schema:
+        strange = [f"{where}: {key} is not documented" for key in value if key not in schema["properties"]]
+        missing = [f"{where}: {key} is missing" for key in schema.get("required", []) if key not in value]
+        inside = [
+            found
+            for key, item in value.items()
+            for found in problems_of(item, schema["properties"].get(key, {}), f"{where}.{key}")
+        ]
+        return strange + missing + inside
+    return []
+
+
+@pytest.mark.parametrize(("path", "media_type", "value"), body_examples())
+def test_a_documented_request_runs(api: ServedApi, path: str, media_type: str, value: Any) -> None:
+    sent = {"json": value} if media_type == "application/json" else {"content": value}
+    response = api.http.post(path, headers={"content-type": media_type}, **sent)
+    assert response.is_success, response.text
+    declared = DOCUMENT["paths"][path]["post"]["responses"][str(response.status_code)]
+    assert problems_of(response.json(), declared["content"]["application/json"]["schema"]) == []
+
+
+def test_there_are_examples_of_every_way_to_send_a_recipe() -> None:
+    assert len(body_examples()) == 6
+
+
+def test_every_path_of_the_issue_is_there() -> None:
+    assert {path: sorted(operations) for path, operations in DOCUMENT["paths"].items()} == {
+        "/merges": ["get", "post"],
+        "/merges/plan": ["post"],
+        "/merges/{id}": ["delete", "get"],
+        "/merges/{id}/events": ["get"],
+        "/merges/{id}/cancel": ["post"],
+        "/merges/{id}/files": ["get"],
+        "/merges/{id}/files/{path}": ["get", "head"],
+        "/merges/{id}/archive.tar": ["get", "head"],
+        "/uploads": ["post"],
+        "/sources": ["get"],
+        "/healthz": ["get"],
+        "/readyz": ["get"],
+    }
+
+
+def test_every_answer_has_its_documented_shape(api: ServedApi) -> None:
+    merge = api.published({"config.json": b"{}"})
+    for path, template in {
+        "/merges": "/merges",
+        f"/merges/{merge.id}": "/merges/{id}",
+        f"/merges/{merge.id}/events": "/merges/{id}/events",
+        f"/merges/{merge.id}/files": "/merges/{id}/files",
+        "/sources": "/sources",
+        "/healthz": "/healthz",
+        "/readyz": "/readyz",
+    }.items():
+        declared = DOCUMENT["paths"][template]["get"]["responses"]["200"]
+        found = api.http.get(path)
+        assert problems_of(found.json(), declared["content"]["application/json"]["schema"]) == [], path
+
+
+def test_an_error_has_its_documented_shape(api: ServedApi) -> None:
+    schema = {"$ref": "#/components/schemas/ProblemDocument"}
+    assert problems_of(api.http.get("/nowhere").json(), schema) == []
+    for operations in DOCUMENT["paths"].values():
+        for operation in operations.values():
+            for status, answer in operation["responses"].items():
+                if status.startswith(("4", "5")):
+                    assert list(answer["content"]) == [PROBLEM]
+
+
+def test_operation_ids_are_unique() -> None:
+    ids = [operation["operationId"] for operations in DOCUMENT["paths"].values() for operation in operations.values()]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_pages_are_served(api: ServedApi) -> None:
+    assert api.http.get("/openapi.json").json()["info"]["title"] == "Mergeyard"
+    assert "text/html" in api.http.get("/docs").headers["content-type"]

@@ -1,0 +1,42 @@
+"""A worker whose arithmetic takes its time, so that a tiny merge can be caught in the middle. Run as a module."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+from celery import current_app
+from celery.signals import worker_process_init
+
+import worker.tasks  # noqa: F401 — the real doorbell, which this module slows down
+from app.records.bell import TASK
+from app.settings import Settings
+from worker.celery import run_worker
+
+SECONDS = 0.1  # per block; a tiny merge has 14
+
+
+class SlowKernels:
+    """Kernels that sleep before they merge a block."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels = kernels
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def merge(self, *arguments: Any) -> Any:
+        time.sleep(SECONDS)
+        return self._kernels.merge(*arguments)
+
+
+@worker_process_init.connect
+def slow_down(**_: Any) -> None:
+    doorbell = current_app.tasks[TASK]
+    doorbell.place = replace(doorbell.place, kernels=SlowKernels(doorbell.place.kernels))
+
+
+if __name__ == "__main__":
+    run_worker(Settings.model_validate_json(sys.argv[1]), tasks="tests.worker.slow_worker")
