@@ -7,7 +7,7 @@ single-threaded BLAS call, and operands and results start at 64-byte boundaries 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from queue import Empty, LifoQueue
 
@@ -89,8 +89,11 @@ class TensorDeltas:
         self._kept = kept
         self._formed = [False] * len(self.blocks)
 
-    def of(self, block: Block, scratch: Scratch) -> torch.Tensor:
-        """δ of every contribution over the block, float32 (N, n); valid until ``scratch`` is used again."""
+    def of(self, block: Block, scratch: Scratch, wanted: Container[int] | None = None) -> torch.Tensor:
+        """δ of every contribution over the block, float32 (N, n); valid until ``scratch`` is used again.
+
+        Rows of contributions that are not ``wanted`` (None: all are) may hold anything.
+        """
         sources = len(self.tensor.contributions)
         if self._kept is None:
             deltas = scratch.floats("deltas", sources * block.size).view(sources, block.size)
@@ -101,7 +104,8 @@ class TensorDeltas:
             if self._formed[block.index]:
                 return deltas
         for index, contribution in enumerate(self.tensor.contributions):
-            self._form(index, contribution, block, deltas[index], scratch)
+            if wanted is None or index in wanted or self._kept is not None:
+                self._form(index, contribution, block, deltas[index], scratch)
         self._formed[block.index] = self._kept is not None
         return deltas
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, LifoQueue
 from typing import Literal, TypeAlias, TypeVar
@@ -108,10 +108,26 @@ class Passes:
         scope: Sequence[TensorPlan],
         work: Callable[[TensorPlan, Block, torch.Tensor], Result],
         pulse: Pulse,
+        wanted: Callable[[TensorPlan], Container[int]] | None = None,
     ) -> Iterator[tuple[TensorPlan, Block, Result]]:
-        """``work`` on the Δ (N, n) of every block of every tensor, side by side; results in order."""
+        """``work`` on the Δ (N, n) of every block of every tensor, side by side; results in order.
+
+        ``wanted`` says which contributions of a tensor are needed; without it all are.
+        """
         for tensor in scope:
-            for block, result in self.crew.in_order(self._over(tensor, work), self.open(tensor).blocks):
+            opened = self.open(tensor)
+            rows = None if wanted is None else wanted(tensor)
+
+            def of_block(
+                block: Block,
+                tensor: TensorPlan = tensor,
+                opened: TensorDeltas = opened,
+                rows: Container[int] | None = rows,
+            ) -> tuple[Block, Result]:
+                with self.scratches.borrow() as scratch:
+                    return block, work(tensor, block, opened.of(block, scratch, rows))
+
+            for block, result in self.crew.in_order(of_block, opened.blocks):
                 pulse(tensor, block)
                 yield tensor, block, result
 
@@ -201,14 +217,16 @@ class Passes:
     def _divide_equals(self, scope: Sequence[TensorPlan], searches: dict[int, _Search], pulse: Pulse) -> None:
         left = {search.slot: search.equals_kept for search in searches.values()}
 
+        def dividing(tensor: TensorPlan) -> dict[int, _Search]:
+            return {index: search for index, search in _open_searches(tensor, searches) if search.divides_equals}
+
         def count(tensor: TensorPlan, _block: Block, deltas: torch.Tensor) -> list[tuple[_Search, int]]:
             return [
                 (search, self.kernels.count_equal(deltas[index], search.threshold))
-                for index, search in _open_searches(tensor, searches)
-                if search.divides_equals
+                for index, search in dividing(tensor).items()
             ]
 
-        for tensor, _, found in self.sweep(scope, count, pulse):
+        for tensor, _, found in self.sweep(scope, count, pulse, dividing):
             for search, present in found:
                 kept = min(left[search.slot], present)
                 left[search.slot] -= kept
@@ -235,17 +253,6 @@ class Passes:
         for source, search in searches.items():
             if search.open and after[source] > 0:
                 search.rescale = before[source] / after[source]
-
-    def _over(
-        self, tensor: TensorPlan, work: Callable[[TensorPlan, Block, torch.Tensor], Result]
-    ) -> Callable[[Block], tuple[Block, Result]]:
-        opened = self.open(tensor)
-
-        def of_block(block: Block) -> tuple[Block, Result]:
-            with self.scratches.borrow() as scratch:
-                return block, work(tensor, block, opened.of(block, scratch))
-
-        return of_block
 
 
 class _Counts:
