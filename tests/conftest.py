@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import make_url
 
 from app.records.database import Database
 from app.records.jobs import Jobs
+from app.records.tables import metadata
 from tests import servers, tiny
 
 
@@ -41,15 +41,13 @@ def postgres_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def postgres_template(postgres_url: str) -> Iterator[str]:
-    """The name of a migrated database; copying it is faster than migrating another."""
+def postgres_database(postgres_url: str) -> Iterator[str]:
+    """A migrated database that every test finds empty: emptying it takes a tenth of making another."""
     with servers.temporary_database(postgres_url) as url:
         database = Database(url)
         database.migrate()
         database.close()
-        name = make_url(url).database
-        assert name is not None
-        yield name
+        yield url
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +74,9 @@ def database_url(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "sqlite":
         yield request.getfixturevalue("sqlite_url")
         return
-    template = request.getfixturevalue("postgres_template")
-    with servers.temporary_database(request.getfixturevalue("postgres_url"), template=template) as url:
-        yield url
+    url = request.getfixturevalue("postgres_database")
+    servers.empty(url, metadata.tables)
+    yield url
 
 
 @pytest.fixture

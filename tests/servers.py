@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def postgresql() -> Iterator[str]:
         server = get_server(folder / "data", cleanup_mode="stop")
         try:
             with psycopg.connect(server.get_uri(), autocommit=True) as connection:
-                # It dies with the session, so nothing need survive the power: each database is made in half the time.
+                # It dies with the session, so nothing in it need survive the power.
                 for setting in ("fsync", "full_page_writes", "synchronous_commit"):
                     connection.execute(f"ALTER SYSTEM SET {setting} = off")
                 connection.execute("SELECT pg_reload_conf()")
@@ -95,14 +95,19 @@ def postgresql() -> Iterator[str]:
 
 
 @contextmanager
-def temporary_database(server_url: str, *, template: str | None = None) -> Iterator[str]:
-    """The URL of a database made for the occasion, as a copy of ``template`` (a database's name) where given."""
+def temporary_database(server_url: str) -> Iterator[str]:
+    """The URL of a database made for the occasion."""
     name = f"mergeyard_test_{secrets.token_hex(6)}"
-    copied = f' TEMPLATE "{template}"' if template else ""
     with psycopg.connect(server_url, autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"{copied}')
+        connection.execute(f'CREATE DATABASE "{name}"')
     try:
         yield make_url(server_url).set(database=name).render_as_string(hide_password=False)
     finally:
         with psycopg.connect(server_url, autocommit=True) as connection:
             connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+
+def empty(database_url: str, tables: Iterable[str]) -> None:
+    """Empty these tables of a PostgreSQL database."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"TRUNCATE {', '.join(tables)}")

@@ -29,15 +29,19 @@ def run_worker(settings: Settings, *, tasks: str = "worker.tasks") -> None:
     """Serve ``settings.queue`` until SIGTERM, then exit; a merge in progress is handed back at its next check.
 
     ``tasks`` is the module that answers the doorbell. Raises MergeyardError (``database_unavailable``, ``not_ready``,
-    ``broker_unavailable``) before anything is started.
+    ``broker_unavailable``, ``not_supported`` for the device) before anything is started.
     """
+    if settings.device == "cuda":
+        from worker.engine.kernels import load  # noqa: PLC0415 — the parent imports torch only to refuse
+
+        load(settings.device)
     _check_reachable(settings)
     warnings.simplefilter("ignore", SecurityWarning)  # root in a container: it warns of pickles, which we refuse
     app = make_celery(settings, tasks=tasks)
     worker_shutting_down.connect(_ask_children_to_stop)
     try:
         worker = app.Worker(
-            hostname=app.conf.mergeyard_worker,
+            hostname=f"mergeyard-{os.getpid()}@{socket.gethostname()}",
             pool="prefork",
             queues=list(queue_names(settings.queue)),
             without_gossip=True,
@@ -70,7 +74,6 @@ def make_celery(settings: Settings, *, tasks: str = "worker.tasks") -> Celery:
         worker_enable_remote_control=False,
         worker_redirect_stdouts=False,
         mergeyard_settings=settings.model_dump_json(),
-        mergeyard_worker=f"{socket.gethostname()}-{os.getpid()}",
     )
     return app
 

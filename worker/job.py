@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -55,10 +57,10 @@ class Workplace:
     store: LocalStore
     kernels: Kernels
     digests: DigestCache
-    worker: str  # the name in events
+    worker: str  # host and process, for the events
 
 
-def open_workplace(settings: Settings, worker: str) -> Workplace:
+def open_workplace(settings: Settings) -> Workplace:
     """Open the database and compile the kernels, so that the first job does not pay for it."""
     kernels = load(settings.device)
     warm_up(kernels)
@@ -69,7 +71,7 @@ def open_workplace(settings: Settings, worker: str) -> Workplace:
         store=LocalStore(settings.artifacts),
         kernels=kernels,
         digests=DigestCache(settings.root / "digests"),
-        worker=worker,
+        worker=f"{socket.gethostname()}-{os.getpid()}",
     )
 
 

@@ -26,6 +26,8 @@ from worker.lease import StopRequest
 if TYPE_CHECKING:
     from worker.job import Workplace
 
+log = logging.getLogger("mergeyard.tasks")
+
 LINE = "%(asctime)s %(levelname)s %(process)d %(name)s merge=%(merge)s %(message)s"
 
 
@@ -40,8 +42,7 @@ class Doorbell(Task):  # type: ignore[misc]
         """What this process works with; opening it imports torch and compiles the kernels."""
         from worker.job import open_workplace  # noqa: PLC0415 — the parent must not import torch
 
-        settings = Settings.model_validate_json(self.app.conf.mergeyard_settings)
-        return open_workplace(settings, worker=self.app.conf.mergeyard_worker)
+        return open_workplace(Settings.model_validate_json(self.app.conf.mergeyard_settings))
 
 
 @shared_task(name=TASK, base=Doorbell, bind=True, ignore_result=True)  # type: ignore[untyped-decorator]
@@ -58,14 +59,19 @@ def answer(self: Doorbell, job_id: str) -> None:
 
 def leave() -> None:
     """End this pool child; the pool starts another. The row is closed, so nothing can be lost."""
-    logging.getLogger("mergeyard.tasks").info("this process makes room for a fresh one")
+    log.info("this process makes room for a fresh one")
     sys.stderr.flush()
     os._exit(0)
 
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _warm(**_: Any) -> None:
-    _ = current_app.tasks[TASK].place
+    try:
+        _ = current_app.tasks[TASK].place
+    except Exception:
+        # The pool would start another child that fails the same way, for ever; stopping tells whoever watches.
+        log.critical("this process cannot start, so its worker stops", exc_info=True)
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 @setup_logging.connect  # type: ignore[untyped-decorator]

@@ -2,7 +2,7 @@
 
 Each method is one short transaction: read the row under its lock, ask the rule in ``transitions`` what to write,
 write it, append the events. What a worker writes carries its lease token; where the token no longer holds the row,
-nothing is written and LeaseLost is raised. Every write grows ``version``.
+nothing is written and LeaseLost is raised. Every write grows ``version``, the ETag.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What the janitor asks of the database: jobs whose worker is gone, doorbells to press, leftovers to sweep.
 
 Everything here is idempotent and safe in any number of processes at once: candidates are found without locks, and
-each is taken in its own transaction, only if it is still a candidate under the lock.
+each is taken in its own transaction, only if it is still a candidate under the lock. What only the janitor sees
+(``rung_at``, ``swept``) leaves ``version`` alone: no reader's copy is out of date for it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Upkeep:
         """The store holds nothing of the job but what is published. A deleted job's row goes now."""
         with self.database.write() as connection:
             connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.deleted_at.is_not(None)))
-            connection.execute(update(jobs).where(jobs.c.id == job_id).values(swept=True, version=jobs.c.version + 1))
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(swept=True))
 
     def _suspects(self, stalled_after: float) -> Sequence[str]:
         with self.database.read() as connection:
@@ -95,10 +96,7 @@ class Upkeep:
             oldest = select(jobs.c.id).where(stale).order_by(jobs.c.created_at).limit(BATCH)
             chosen = connection.scalars(oldest.with_for_update(skip_locked=True)).all()
             found = connection.execute(
-                update(jobs)
-                .where(jobs.c.id.in_(chosen), stale)
-                .values(rung_at=now, version=jobs.c.version + 1)
-                .returning(jobs)
+                update(jobs).where(jobs.c.id.in_(chosen), stale).values(rung_at=now).returning(jobs)
             ).all()
         waiting = sorted(map(rows.read_job, found), key=lambda job: (job.created_at, job.id))
         return [rows.ring(job) for job in waiting]

@@ -15,7 +15,7 @@ from app.records.bell import TASK
 from app.settings import Settings
 from worker.celery import run_worker
 
-SECONDS = 0.1  # per block; a tiny merge has 14
+SECONDS = 0.06  # per block; a tiny merge has 14
 
 
 class SlowKernels:

@@ -1,0 +1,213 @@
+"""Every way an attempt can end, in this process: what the row says, what stays in the store, what the user reads."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.errors import MergeyardError
+from app.records.job import Job, Status
+from tests.worker.yard import SHARDED, Yard, open_yard
+from worker.engine.digests import DigestCache
+from worker.engine.kernels import load
+from worker.job import Ending, Workplace, work
+from worker.lease import StopRequest
+
+
+@pytest.fixture
+def yard(tmp_path: Path, tiny_models: Path) -> Iterator[Yard]:
+    """No worker, no broker, and no janitor either: nobody but the test touches the rows."""
+    with open_yard(tmp_path, tiny_models, f"redis+socket://{tmp_path}/nobody.sock", "default", tidy=False) as opened:
+        yield opened
+
+
+@pytest.fixture
+def place(yard: Yard) -> Workplace:
+    return Workplace(
+        settings=yard.settings,
+        jobs=yard.jobs,
+        bell=yard.bell,
+        store=yard.store,
+        kernels=load("reference"),
+        digests=DigestCache(None),
+        worker="test-1",
+    )
+
+
+class Interrupting:
+    """Kernels that do something just before they merge their ``count``-th block."""
+
+    def __init__(self, action: Any, count: int = 8) -> None:
+        self._kernels, self._action, self._left = load("reference"), action, count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def merge(self, *arguments: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            self._action()
+        return self._kernels.merge(*arguments)
+
+
+def failing(error: BaseException) -> Any:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def attempt(place: Workplace, job: Job, action: Any = None, **changes: Any) -> Ending:
+    kernels = place.kernels if action is None else Interrupting(action, **changes)
+    return work(replace(place, kernels=kernels), job.id, StopRequest())  # type: ignore[arg-type]
+
+
+def test_a_merge_is_published_and_leaves_only_its_files(yard: Yard, place: Workplace) -> None:
+    job = yard.submit(ring=False)
+    assert attempt(place, job) is Ending.PUBLISHED
+    done = yard.jobs.get(job.id)
+    assert done.status is Status.SUCCEEDED and done.artifact
+    assert yard.files(job) == sorted(file["key"] for file in done.artifact["files"])
+    assert attempt(place, job) is Ending.NOT_OURS
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk_full"),
+        (MemoryError(), "out_of_memory"),
+        (ZeroDivisionError("secret inside"), "internal"),
+    ],
+)
+def test_a_system_failure_is_retried_until_no_attempt_is_left(
+    yard: Yard, place: Workplace, error: BaseException, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = yard.submit(ring=False, max_attempts=2, **SHARDED)
+    with caplog.at_level(logging.ERROR, "mergeyard"):
+        assert attempt(place, job, failing(error)) is Ending.FAILED
+    assert yard.jobs.get(job.id).status is Status.QUEUED
+    kept = sorted(shard.file.key for shard in yard.jobs.shards(job.id))
+    assert kept and yard.files(job) == kept, "only what a retry can use stays"
+    assert attempt(place, job, failing(error), count=1) is Ending.FAILED
+    failed = yard.jobs.get(job.id)
+    assert failed.status is Status.FAILED and failed.error and failed.error["code"] == code
+    assert yard.files(job) == [], "a failed merge leaves nothing"
+    told = str([failed, yard.jobs.events(job.id)])
+    assert "Traceback" not in told and "secret" not in told
+    assert any(record.exc_info for record in caplog.records), "the trace is in the worker's log"
+
+
+def test_a_retry_keeps_the_shards_and_gives_the_same_bytes(yard: Yard, place: Workplace) -> None:
+    straight, broken = yard.submit(ring=False, **SHARDED), yard.submit(ring=False, **SHARDED)
+    attempt(place, straight)
+    attempt(place, broken, failing(ZeroDivisionError()))
+    kept = {shard.file for shard in yard.jobs.shards(broken.id)}
+    assert attempt(place, broken) is Ending.PUBLISHED
+    assert kept < {shard.file for shard in yard.jobs.shards(broken.id)}
+    assert digests(yard, straight) == digests(yard, broken)
+
+
+def test_a_recorded_shard_whose_bytes_changed_is_made_again(yard: Yard, place: Workplace) -> None:
+    straight, broken = yard.submit(ring=False, **SHARDED), yard.submit(ring=False, **SHARDED)
+    attempt(place, straight)
+    attempt(place, broken, failing(ZeroDivisionError()))
+    damaged, missing, *_ = (yard.store.path(shard.file.key) for shard in yard.jobs.shards(broken.id))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    missing.unlink()
+    assert attempt(place, broken) is Ending.PUBLISHED
+    assert digests(yard, straight) == digests(yard, broken)
+    assert not damaged.exists(), "what nobody adopted is swept"
+
+
+def digests(yard: Yard, job: Job) -> dict[str, str]:
+    artifact = yard.jobs.get(job.id).artifact
+    assert artifact is not None
+    return {file["name"]: file["sha256"] for file in artifact["files"]}
+
+
+def test_a_users_failure_is_final_at_once(yard: Yard, place: Workplace) -> None:
+    job = yard.submit(ring=False, **SHARDED)
+    assert attempt(place, job, failing(MergeyardError("source_not_finite", "NaN in x"))) is Ending.FAILED
+    failed = yard.jobs.get(job.id)
+    assert failed.status is Status.FAILED and failed.attempt == 1 and yard.files(job) == []
+    assert failed.error and failed.error["message"] == "NaN in x"
+
+
+def test_a_source_that_vanished_fails_the_job(yard: Yard, place: Workplace) -> None:
+    job = yard.submit(ring=False)
+    (yard.settings.roots[0] / "json").rename(yard.settings.roots[0] / "gone")
+    assert attempt(place, job) is Ending.FAILED
+    failed = yard.jobs.get(job.id)
+    assert failed.status is Status.FAILED and failed.error and failed.error["code"] == "source_not_found"
+
+
+def test_a_cancel_is_confirmed_and_leaves_nothing(yard: Yard, place: Workplace) -> None:
+    job = yard.submit(ring=False, **SHARDED)
+    ending = attempt(place, job, lambda: yard.jobs.request_cancel(job.id))
+    assert ending is Ending.CANCELLED, "at the latest, the publication is refused"
+    assert yard.jobs.get(job.id).status is Status.CANCELLED and yard.files(job) == []
+
+
+def test_an_attempt_that_lost_its_lease_writes_nothing_and_deletes_its_files(yard: Yard, place: Workplace) -> None:
+    job = yard.submit(ring=False, **SHARDED)
+
+    def lose() -> None:
+        held = yard.jobs.get(job.id)
+        yard.jobs.hand_back(job.id, held.lease_token or "")
+        yard.jobs.claim(job.id, lease_seconds=60, worker="another")
+
+    assert attempt(place, job, lose) is Ending.LOST
+    now = yard.jobs.get(job.id)
+    assert now.status is Status.RUNNING and yard.workers(job)[-1] == "another"
+    assert yard.files(job) == sorted(shard.file.key for shard in yard.jobs.shards(job.id))
+
+
+def test_a_publication_whose_answer_was_lost_keeps_its_files(yard: Yard, place: Workplace) -> None:
+    """The commit went through and its confirmation did not: the row names the files, so they must stay."""
+    job = yard.submit(ring=False)
+    real = yard.jobs.publish
+    answers = iter([MergeyardError("database_unavailable", "connection lost")])
+
+    class Losing(type(yard.jobs)):  # type: ignore[misc]
+        def publish(self, job_id: str, token: str, artifact: Any) -> Job:
+            published = real(job_id, token, artifact)
+            for error in answers:
+                raise error
+            return published
+
+    place = replace(place, jobs=Losing(yard.jobs.database))
+    assert attempt(place, job) is Ending.LOST
+    done = yard.jobs.get(job.id)
+    assert done.status is Status.SUCCEEDED and done.artifact
+    assert yard.files(job) == sorted(file["key"] for file in done.artifact["files"])
+
+
+def test_a_stop_request_hands_the_job_back_even_without_a_broker(yard: Yard, place: Workplace) -> None:
+    job, stop = yard.submit(ring=False, **SHARDED), StopRequest()
+
+    def ask() -> None:
+        stop.made = True
+
+    slow = replace(place, kernels=Interrupting(ask))  # type: ignore[arg-type]
+    assert work(slow, job.id, stop) is Ending.HANDED_BACK
+    back = yard.jobs.get(job.id)
+    assert (back.status, back.attempt) == (Status.QUEUED, 0)
+
+
+def test_a_full_disk_is_noticed_before_the_work(yard: Yard, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    job = yard.submit(ring=False, max_attempts=1)
+    assert attempt(place, job) is Ending.FAILED
+    failed = yard.jobs.get(job.id)
+    assert failed.error and failed.error["code"] == "disk_full" and yard.files(job) == []

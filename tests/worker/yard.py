@@ -1,0 +1,140 @@
+"""A small yard for the worker's tests: settings, records, a janitor, and worker processes that can be killed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from app.artifacts.store import LocalStore
+from app.planning.planner import make_plan
+from app.recipe import parse_recipe
+from app.records.bell import Bell
+from app.records.database import Database
+from app.records.janitor import Janitor
+from app.records.job import Job, NewJob
+from app.records.jobs import Jobs
+from app.settings import Settings
+from app.sources.resolver import Resolver
+from tests import tiny
+
+REPOSITORY = Path(__file__).parents[2]
+SHARDED: dict[str, Any] = {"output": {"max_shard_size": "8KB"}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yard:
+    """Everything but the workers."""
+
+    settings: Settings
+    jobs: Jobs
+    bell: Bell
+    store: LocalStore
+    janitor: Janitor
+
+    def submit(self, *, ring: bool = True, max_attempts: int = 3, **changes: Any) -> Job:
+        """A merge of the tiny model, as the API submits one."""
+        recipe = tiny.recipe(**changes)
+        plan = make_plan(parse_recipe(recipe), Resolver(roots=self.settings.roots, uploads=self.settings.uploads))
+        job, _ = self.jobs.submit(
+            NewJob(
+                recipe=recipe,
+                resolved=plan.recipe,
+                method=plan.method,
+                plan_digest=plan.digest,
+                estimates=asdict(plan.estimates),
+                total_bytes=plan.estimates.output_bytes,
+                queue=self.settings.queue,
+                max_attempts=max_attempts,
+            )
+        )
+        if ring:
+            self.bell.ring(job.id, job.queue)
+        return job
+
+    def finish(self, job: Job, *, seconds: float = 60) -> Job:
+        """The job, once it is finished."""
+        self.until(lambda: self.jobs.get(job.id).status.finished, seconds)
+        return self.jobs.get(job.id)
+
+    def until_shards(self, job: Job, count: int) -> None:
+        """Wait until an attempt has recorded ``count`` shards, and is still merging."""
+        self.until(lambda: len(self.jobs.shards(job.id)) >= count)
+        assert not self.jobs.get(job.id).status.finished, "too fast to be caught in the middle"
+
+    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come to pass"
+            time.sleep(0.05)
+
+    def kinds(self, job: Job) -> list[str]:
+        """The types of the job's events but for stages and shards."""
+        return [event.type for event in self.jobs.events(job.id) if event.type not in ("stage", "shard")]
+
+    def workers(self, job: Job) -> list[str]:
+        """The process of each claim."""
+        return [event.data["worker"] for event in self.jobs.events(job.id) if event.type == "claimed"]
+
+    def files(self, job: Job) -> list[str]:
+        return list(self.store.keys(job.id))
+
+
+@contextmanager
+def open_yard(
+    folder: Path, models: Path, broker_url: str, queue: str, *, tidy: bool = True, **settings: Any
+) -> Iterator[Yard]:
+    """A yard on SQLite with its own copy of the models and a janitor that comes by twice a second (``tidy``)."""
+    shutil.copytree(models, folder / "models")
+    values: dict[str, Any] = {
+        "data_dir": folder / "data",
+        "broker_url": broker_url,
+        "model_roots": str(folder / "models"),
+        "lease_seconds": 2.0,
+        "threads": 1,
+        "queue": queue,
+    }
+    made = Settings(**(values | settings))
+    database, bell = Database(made.database), Bell(made.broker)
+    database.migrate()
+    jobs, store = Jobs(database), LocalStore(made.artifacts)
+    janitor = Janitor(jobs, bell, 0.5, store)
+    if tidy:
+        janitor.start()
+    try:
+        yield Yard(settings=made, jobs=jobs, bell=bell, store=store, janitor=janitor)
+    finally:
+        janitor.stop()
+        bell.close()
+        database.close()
+
+
+@contextmanager
+def worker(yard: Yard) -> Iterator[psutil.Popen]:
+    """A worker process; whatever is left of it and of its pool is killed at the end."""
+    process = psutil.Popen(
+        [sys.executable, "-m", "tests.worker.slow_worker", yard.settings.model_dump_json()],
+        cwd=REPOSITORY,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        family = [process, *process.children(recursive=True)] if process.is_running() else [process]
+        for member in family:
+            if member.is_running():
+                member.kill()
+        process.wait(10)
+
+
+def pool_child(yard: Yard, job: Job) -> psutil.Process:
+    """The process that works on the job."""
+    return psutil.Process(int(yard.workers(job)[-1].rpartition("-")[2]))
