@@ -127,6 +127,7 @@ def _attempt(place: Workplace, job: Job, lease: Lease, line: logging.LoggerAdapt
 def _merge(place: Workplace, job: Job, lease: Lease) -> Mapping[str, Any]:
     """The straight line: plan again, merge, write the manifest. The artifact's row value comes back."""
     plan = _plan_again(place, job)
+    _check_room(place, job, plan)
     lease.check()
     sink = StoreSink(place.store, place.jobs, job)
     output = run_merge(
@@ -156,6 +157,17 @@ def _plan_again(place: Workplace, job: Job) -> Plan:
             "A source's files, or Mergeyard's version, are not those the merge was planned with; submit it again.",
         )
     return plan
+
+
+def _check_room(place: Workplace, job: Job, plan: Plan) -> None:
+    """Raise ``disk_full`` before hours of work rather than at their end."""
+    kept = sum(shard.file.size for shard in place.jobs.shards(job.id))
+    needed, free = plan.estimates.output_bytes - kept, place.store.free()
+    if free is not None and free < needed:
+        raise MergeyardError(
+            "disk_full",
+            f"The result needs {needed} bytes and the artifact store has {free} left; free some space and merge again.",
+        )
 
 
 def artifact_row(manifest: StoredFile, files: tuple[StoredFile, ...]) -> dict[str, Any]:

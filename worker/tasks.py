@@ -81,6 +81,8 @@ def set_up_logging(**_: Any) -> None:
     handler.setFormatter(logging.Formatter(LINE, defaults={"merge": "-"}))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("mergeyard").setLevel(logging.INFO)
+    # A child that made room (``leave``) is no accident; one that was killed has another exit code, and is told of.
+    logging.getLogger("celery.worker.request").addFilter(lambda record: "exitcode 0" not in record.getMessage())
 
 
 @contextmanager

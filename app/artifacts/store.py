@@ -39,6 +39,7 @@ class ArtifactStore(Protocol):
     def keys(self, prefix: str) -> Iterator[str]: ...
     def delete(self, key: str) -> None: ...
     def delete_prefix(self, prefix: str, *, keep: Collection[str] = ()) -> None: ...
+    def free(self) -> int | None: ...
 
 
 class LocalStore:
@@ -102,6 +103,11 @@ class LocalStore:
                 raise
         for leftover in trash.iterdir():  # ours, and what a crash left behind
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def free(self) -> int | None:
+        """Bytes that can still be stored. A store that has no end would answer None."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.folder).free
 
     def _thin_out(self, prefix: str, keep: set[str]) -> None:
         for key in list(self.keys(prefix)):

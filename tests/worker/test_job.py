@@ -202,7 +202,19 @@ def test_a_stop_request_hands_the_job_back_even_without_a_broker(yard: Yard, pla
     assert (back.status, back.attempt) == (Status.QUEUED, 0)
 
 
-def test_a_full_disk_is_noticed_before_the_work(yard: Yard, place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_noticed_before_the_work(
+    yard: Yard, place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(yard.store, "free", lambda: 1000)
+    job = yard.submit(ring=False, max_attempts=1)
+    assert attempt(place, job, failing(AssertionError("it began")), count=1) is Ending.FAILED
+    failed = yard.jobs.get(job.id)
+    assert failed.error and failed.error["code"] == "disk_full" and "1000 left" in failed.error["message"]
+
+
+def test_a_disk_that_is_full_when_a_file_begins_fails_the_job(
+    yard: Yard, place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
