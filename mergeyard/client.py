@@ -167,11 +167,12 @@ class Client:
             last = attempt == tries - 1
             try:
                 response = self._http.request(method, path, **options)
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+                message = f"{self.url!r} is not the URL of a service; it looks like http://127.0.0.1:8000."
+                raise ApiError("request_invalid", 0, message, fault="user") from None
             except httpx.TransportError as error:
                 if last:
                     raise _unreachable(self.url, error) from None
-            except httpx.InvalidURL as error:
-                raise ApiError("request_invalid", 0, f"{self.url} is not a URL: {error}") from None
             else:
                 if response.is_success or response.status_code == 304:
                     return response

@@ -125,7 +125,7 @@ def _pieces(http: httpx.Client, file: File, start: int) -> Iterator[bytes]:
             raise read_error(response)
         if start and response.status_code != 206:
             raise _RestartError
-        yield from response.iter_bytes(PIECE_BYTES)
+        yield from response.iter_bytes()  # as they come: what is gathered into pieces is lost when it breaks
         if response.num_bytes_downloaded == 0:
             raise _TransientError("the service sent nothing")
 

@@ -1,0 +1,214 @@
+"""``mergeyard up``: a real service from nothing to nothing, and everything that may happen between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from mergeyard.client import Client
+from mergeyard.up import SOCKET_PATH_BYTES, broker_socket
+from tests import tiny
+from tests.cli.commands import MERGEYARD, environment, mergeyard
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass
+class Up:
+    """A running ``mergeyard up``."""
+
+    process: subprocess.Popen[str]
+    url: str
+    data: Path
+
+    def family(self) -> list[psutil.Process]:
+        """It and everything it started."""
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def part(self, wanted: str) -> psutil.Process:
+        for process in psutil.Process(self.process.pid).children():
+            if wanted in " ".join(process.cmdline()):
+                return process
+        raise AssertionError(f"{wanted} does not run")
+
+
+def start(data: Path, models: Path) -> Up:
+    process = subprocess.Popen(
+        [*MERGEYARD, "up", "--port", "0", "--data-dir", str(data)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(MERGEYARD_MODEL_ROOTS=str(models)),
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("Mergeyard is ready at http://127.0.0.1:"), line
+    return Up(process, line.split()[-1], data)
+
+
+def end(up: Up, number: int = signal.SIGTERM) -> None:
+    """Send the signal and wait until nothing of it is left."""
+    family = up.family()
+    up.process.send_signal(number)
+    _, alive = psutil.wait_procs(family, timeout=40)
+    for process in alive:
+        process.kill()
+    assert alive == []
+    assert up.process.stdout is not None
+    up.process.stdout.close()
+    up.process.wait()
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[Up]:
+    """One service for the tests that leave it running."""
+    running = start(tmp_path_factory.mktemp("up") / "data", tiny_models)
+    yield running
+    if running.process.poll() is None:
+        end(running)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(tiny.recipe()))
+    return path
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+class TestAService:
+    def test_merges_two_adapters_from_submission_to_verified_files(self, up: Up, recipe: Path, tmp_path: Path) -> None:
+        ran = mergeyard("submit", recipe, "--wait", "--download", tmp_path / "out", "--json", MERGEYARD_URL=up.url)
+        assert ran.code == 0, ran.err
+        assert ran.json["status"] == "succeeded"
+        manifest = json.loads((tmp_path / "out" / "mergeyard.json").read_text())
+        assert {file["name"] for file in manifest["files"]} >= {"model.safetensors", "config.json"}
+        for file in manifest["files"]:
+            data = (tmp_path / "out" / file["name"]).read_bytes()
+            assert hashlib.sha256(data).hexdigest() == file["sha256"]
+        assert "succeeded" in ran.err
+
+    def test_merges_as_the_local_command_does(self, up: Up, recipe: Path, tmp_path: Path, tiny_models: Path) -> None:
+        mergeyard("submit", recipe, "--download", tmp_path / "served", MERGEYARD_URL=up.url)
+        mergeyard("merge", recipe, tmp_path / "local", MERGEYARD_MODEL_ROOTS=str(tiny_models))
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / "served" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+
+    def test_answers_every_command(self, up: Up, recipe: Path, tmp_path: Path) -> None:
+        submitted = mergeyard("submit", recipe, "--label", "team=search", "--wait", MERGEYARD_URL=up.url)
+        assert submitted.code == 0 and "succeeded" in submitted.out
+        listed = mergeyard("list", "--status", "succeeded", "--json", MERGEYARD_URL=up.url).json["items"]
+        merge_id = listed[0]["id"]
+        assert listed[0]["labels"] == {"team": "search"}
+        assert merge_id in mergeyard("list", MERGEYARD_URL=up.url).out
+        assert "team=search" in mergeyard("status", merge_id, MERGEYARD_URL=up.url).out
+        events = mergeyard("events", merge_id, "--json", MERGEYARD_URL=up.url).json["items"]
+        assert [event["type"] for event in events][:2] == ["submitted", "claimed"]
+        assert "succeeded" in mergeyard("events", merge_id, MERGEYARD_URL=up.url).out
+        cancelled = mergeyard("cancel", merge_id, "--json", MERGEYARD_URL=up.url)
+        assert (cancelled.code, cancelled.json["error"]["code"]) == (2, "conflict")
+        downloaded = mergeyard("download", merge_id, tmp_path / "again", MERGEYARD_URL=up.url)
+        assert downloaded.code == 0 and "all verified" in downloaded.out
+
+    def test_uploads_serve_as_sources(self, up: Up, tiny_models: Path) -> None:
+        with Client(up.url) as client:
+            uploaded = client.upload(
+                [tiny_models / "sql" / "adapter_config.json", *tiny_models.glob("sql/*.safetensors")]
+            )
+            recipe = tiny.recipe(models=[{"adapter": uploaded["reference"]}])
+            merge = client.wait(client.submit(recipe)["id"], timeout=60)
+            assert merge["status"] == "succeeded"
+            again = client.submit({**tiny.recipe(), "base_model": f"merge:{merge['id']}"})
+            assert client.wait(again["id"], timeout=60)["status"] == "succeeded"
+            assert uploaded["reference"] in [source["reference"] for source in client.sources()["items"]]
+
+    def test_a_bad_recipe_is_exit_code_2_with_every_problem(self, up: Up, tmp_path: Path) -> None:
+        path = tmp_path / "bad.json"
+        path.write_text(json.dumps(tiny.recipe(models=[{"adapter": "models:nowhere"}, {"adapter": "models:neither"}])))
+        ran = mergeyard("submit", path, "--wait", MERGEYARD_URL=up.url)
+        assert ran.code == 2
+        assert "2 problems:" in ran.err and "models[1].adapter" in ran.err
+
+    def test_a_merge_that_fails_is_exit_code_1(self, up: Up, tmp_path: Path, tiny_models: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(tiny_models / "sql" / ADAPTER[1])
+        next(iter(tensors.values()))[0, 0] = float("nan")
+        save_file(tensors, tmp_path / ADAPTER[1], {"format": "pt"})
+        with Client(up.url) as client:
+            uploaded = client.upload(
+                [tiny_models / "sql" / "adapter_config.json", tmp_path / "adapter_model.safetensors"]
+            )
+        path = tmp_path / "nan.json"
+        path.write_text(json.dumps(tiny.recipe(models=[{"adapter": uploaded["reference"]}])))
+        ran = mergeyard("submit", path, "--wait", MERGEYARD_URL=up.url)
+        assert ran.code == 1
+        assert "source_not_finite" in ran.err
+
+    def test_does_not_share_its_folder(self, up: Up) -> None:
+        ran = mergeyard("up", "--port", "0", "--data-dir", up.data)
+        assert ran.code == 2
+        assert str(up.process.pid) in ran.err and "--data-dir" in ran.err
+
+    def test_does_not_share_its_port(self, up: Up, tmp_path: Path) -> None:
+        ran = mergeyard("up", "--port", up.url.rsplit(":", 1)[1], "--data-dir", tmp_path / "other")
+        assert ran.code == 2 and "--port" in ran.err
+
+    @pytest.mark.parametrize("part", ["worker", "valkey-server", "api --fd"])
+    def test_starts_a_part_that_died_again_and_goes_on(self, up: Up, part: str) -> None:
+        victim = up.part(part)
+        victim.kill()
+        with Client(up.url, retries=8) as client:
+            merge = client.submit(tiny.recipe())
+            assert client.wait(merge["id"], timeout=60)["status"] == "succeeded"
+        assert up.part(part).pid != victim.pid
+
+    def test_leaves_nothing_running_when_told_to_stop(self, up: Up) -> None:
+        end(up)
+        assert up.process.returncode == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(up.url)
+        assert not (up.data / "valkey.sock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_running_however_it_ends(tmp_path: Path, tiny_models: Path, number: int) -> None:
+    up = start(tmp_path / "data", tiny_models)
+    merge_id = httpx.post(f"{up.url}/merges", json={"recipe": tiny.recipe()}).json()["id"]
+    end(up, number)
+    # The folder is free again, and what was accepted is not forgotten.
+    again = start(tmp_path / "data", tiny_models)
+    with Client(again.url) as client:
+        assert client.wait(merge_id, timeout=90)["status"] == "succeeded"
+    end(again)
+
+
+class TestTheBrokersSocket:
+    def test_is_in_the_data_folder(self, tmp_path: Path) -> None:
+        assert broker_socket(Path("/srv/mergeyard")) == Path("/srv/mergeyard/valkey.sock")
+
+    @pytest.mark.parametrize("root", ["/srv/" + "long/" * 30, "/srv/with space", "/srv/100%"])
+    def test_is_in_a_private_folder_where_that_path_does_not_do(self, root: str) -> None:
+        path = broker_socket(Path(root))
+        assert len(os.fsencode(path)) <= SOCKET_PATH_BYTES
+        assert path.parent.stat().st_mode & 0o077 == 0
+        assert broker_socket(Path(root)) == path
+        path.parent.rmdir()
