@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.routing import Route
 
 import app
-from app.api import errors, files, health, merges, openapi, sources, uploads
+from app.api import docs, errors, files, health, merges, openapi, sources, uploads
 from app.api.middleware import BodyLimit, RequestIds
 from app.api.service import Service, merged_files
 from app.artifacts.store import LocalStore
@@ -59,12 +59,14 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
     )
     # Added last is outermost.
     api.add_middleware(BodyLimit, default=settings.max_body_bytes, limits={"/uploads": settings.max_upload_bytes})
     api.add_middleware(RequestIds)
-    routers = [resource.router for resource in (merges, files, uploads, sources, health)]
+    routers = [resource.router for resource in (merges, files, uploads, sources, health, docs)]
     for router in routers:
         api.include_router(router)
     openapi.install(api)

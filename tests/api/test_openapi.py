@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from html import unescape
 from typing import Any
 
 import pytest
 
 from app.main import create_app
 from app.settings import Settings
+from tests.api.curl import run_curl
 from tests.api.serving import PROBLEM, ServedApi
 
 DOCUMENT = create_app(Settings()).openapi()
@@ -121,6 +124,25 @@ def test_operation_ids_are_unique() -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_the_pages_are_served(api: ServedApi) -> None:
+def test_the_page_shows_every_operation_and_loads_nothing_from_elsewhere(api: ServedApi) -> None:
     assert api.http.get("/openapi.json").json()["info"]["title"] == "Mergeyard"
-    assert "text/html" in api.http.get("/docs").headers["content-type"]
+    page = api.http.get("/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    for operations in DOCUMENT["paths"].values():
+        for operation in operations.values():
+            assert f'<section id="{operation["operationId"]}">' in page.text
+    elsewhere = [url for url in re.findall(r"https?://[^\s<\"']+", page.text) if not url.startswith(api.url)]
+    assert elsewhere == []
+
+
+def test_the_commands_on_the_page_run(api: ServedApi) -> None:
+    merge = api.published({"config.json": b"{}"})
+    page = unescape(api.http.get("/docs").text)
+    commands = re.findall(r"<pre>(curl .*?)</pre>", page, re.DOTALL)
+    assert len(commands) == 20
+    for command in commands:
+        if "-F" in command or "-X" in command:  # files that are not here, and what ends the merge
+            continue
+        response = run_curl(command.replace("$ID", merge.id).replace("$FILE", "config.json"))
+        assert response.is_success, command

@@ -50,7 +50,7 @@ def start(data: Path, models: Path) -> Up:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=environment(MERGEYARD_MODEL_ROOTS=str(models)),
+        env=environment(MERGEYARD_MODEL_ROOTS=str(models), MERGEYARD_JANITOR_SECONDS="1", MERGEYARD_LEASE_SECONDS="10"),
     )
     assert process.stdout is not None
     line = process.stdout.readline()
