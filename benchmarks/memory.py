@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -40,10 +41,10 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One process: its wall time with start-up, what it says its work took, and its peaks in bytes."""
+    """One process: the seconds its work took by the clock and of processor time, and its peaks in bytes."""
 
-    wall: float
-    work: float
+    seconds: float
+    processor: float
     rss: int
     private: int
 
@@ -56,8 +57,8 @@ def main() -> None:
     parser.add_argument("--do", choices=("products", "merge"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.do:
-        work = {"products": do_products, "merge": do_merge}[options.do](options.folder)
-        print(json.dumps({"work": work}))
+        seconds, processor = {"products": do_products, "merge": do_merge}[options.do](options.folder)
+        print(json.dumps({"seconds": seconds, "processor": processor}))
         return
     cores = sorted(os.sched_getaffinity(0))[:CORES]
     os.sched_setaffinity(0, cores)  # inherited by every process measured
@@ -89,25 +90,25 @@ def copy_base(folder: Path) -> Measured:
     return measured
 
 
-def do_products(folder: Path) -> float:
-    """Seconds for every B·A of every adapter, in float32, into one buffer."""
+def do_products(folder: Path) -> tuple[float, float]:
+    """Every B·A of every adapter, in float32, into one buffer."""
     adapters = [
         load_file(folder / f"adapter-{number}" / "adapter_model.safetensors") for number in range(1, ADAPTERS + 1)
     ]
     buffer = torch.empty(max(rows * columns for rows, columns in MODULES.values()))
     buffer.zero_()  # so that its pages are there
-    began = time.perf_counter()
+    clock = Clock()
     for layer in range(LAYERS):
         for module, (rows, columns) in MODULES.items():
             key = f"base_model.model.model.layers.{layer}.{module}"
             for factors in adapters:
                 out = buffer[: rows * columns].view(rows, columns)
                 torch.mm(factors[f"{key}.lora_B.weight"], factors[f"{key}.lora_A.weight"], out=out)
-    return time.perf_counter() - began
+    return clock.read()
 
 
-def do_merge(folder: Path) -> float:
-    """Seconds for planning and merging; Numba's compilation, which happens once a machine, is not among them."""
+def do_merge(folder: Path) -> tuple[float, float]:
+    """Planning and merging. Numba's compilation, which happens once a machine, is not in its time."""
     warm_up(load("auto"))
     out = folder / "merged"
     shutil.rmtree(out, ignore_errors=True)
@@ -117,27 +118,42 @@ def do_merge(folder: Path) -> float:
         "models": [{"adapter": f"adapter-{number}"} for number in range(1, ADAPTERS + 1)],
         "parameters": {"density": 0.2},
     }
-    began = time.perf_counter()
+    clock = Clock()
     merge_to_folder(make_plan(parse_recipe(recipe), Resolver(roots=[folder])), out)
-    seconds = time.perf_counter() - began
+    found = clock.read()
     shutil.rmtree(out)
-    return seconds
+    return found
+
+
+class Clock:
+    """Seconds by the clock and of processor time since it was made: this process's, or its ended children's."""
+
+    def __init__(self, *, children: bool = False) -> None:
+        self._who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+        self._began, self._used = time.perf_counter(), self._processor()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._began, self._processor() - self._used
+
+    def _processor(self) -> float:
+        usage = resource.getrusage(self._who)
+        return usage.ru_utime + usage.ru_stime
 
 
 def measure(command: list[str]) -> Measured:
     """Run a command and watch the memory of its whole process tree. Raises CalledProcessError where it fails."""
-    began = time.perf_counter()
+    clock = Clock(children=True)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peaks = {"rss": 0, "private": 0}
     watcher = threading.Thread(target=_watch, args=(process.pid, peaks))
     watcher.start()
     output, _ = process.communicate()
-    wall = time.perf_counter() - began
+    seconds, processor = clock.read()
     watcher.join()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    work = json.loads(output)["work"] if output else wall
-    return Measured(wall=wall, work=work, rss=peaks["rss"], private=peaks["private"])
+    own = json.loads(output) if output else {"seconds": seconds, "processor": processor}
+    return Measured(**own, rss=peaks["rss"], private=peaks["private"])
 
 
 def _watch(pid: int, peaks: dict[str, int]) -> None:
@@ -174,12 +190,15 @@ def table(found: dict[str, list[Measured]], *, busy: float, cores: int) -> str:
     }
     rows = []
     for key, runs in found.items():
-        times = ", ".join(f"{run.work:.1f}" for run in runs)
+        times = ", ".join(f"{run.seconds:.1f}" for run in runs)
+        processor = median(run.processor for run in runs)
         memory = f"{max(run.rss for run in runs) / 1e9:.2f} GB | {max(run.private for run in runs) / 1e9:.2f} GB"
         peaks = memory if key == "merge" else "– | –"
-        rows.append(f"| {names[key]} | {median(run.work for run in runs):.1f} s | {times} | {peaks} |")
-    floor = median(run.work for run in found["cp"]) + median(run.work for run in found["products"])
-    ratio = median(run.work for run in found["merge"]) / floor
+        rows.append(
+            f"| {names[key]} | {median(run.seconds for run in runs):.1f} s | {times} | {processor:.1f} s | {peaks} |"
+        )
+    floor = median(run.seconds for run in found["cp"]) + median(run.seconds for run in found["products"])
+    ratio = median(run.seconds for run in found["merge"]) / floor
     return "\n".join(
         [
             "# Measured",
@@ -188,14 +207,15 @@ def table(found: dict[str, list[Measured]], *, busy: float, cores: int) -> str:
             "",
             f"Machine: {cpu_name()}, {cores} cores used; load average at start {busy:.1f}. Base: Llama shape, 1.04 B "
             "parameters, bfloat16, five shards; four adapters of rank 16 on all seven linear modules. "
-            f"{len(found['merge'])} interleaved rounds, page cache warm.",
+            f"Interleaved rounds: {len(found['merge'])}; page cache warm.",
             "",
-            "| what | median | each round (s) | peak RSS | peak private |",
-            "| --- | --- | --- | --- | --- |",
+            "| what | median | each round (s) | processor time, median | peak RSS | peak private |",
+            "| --- | --- | --- | --- | --- | --- |",
             *rows,
             "",
             f"The merge takes {ratio:.1f} times the floor (the first two together); it hashes every byte of source and "
-            "output meanwhile. Start-up of the process and compilation, once a machine, are not in its time.",
+            "output meanwhile. Start-up of the process and compilation, once a machine, are not in its time. On a busy "
+            "machine only processor time can be compared with another day's.",
             "",
         ]
     )

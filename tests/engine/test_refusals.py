@@ -161,6 +161,17 @@ def test_a_companion_that_changed_is_refused(root: Path) -> None:
     assert refusal(lambda: merge(plan, root / "out")).code == "source_changed"
 
 
+def test_a_source_that_cannot_be_read_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    plan = plan_of(root, recipe())
+    monkeypatch.setattr(os, "preadv", broken)
+    error = refusal(lambda: merge(plan, root / "out"))
+    assert error.code == "source_format"
+    assert "safetensors" in error.message
+
+
 def alter(path: Path, change: str) -> None:
     if change == "touched":
         os.utime(path, ns=(1, 1))
