@@ -59,7 +59,7 @@ def _rule(tensor: TensorPlan, zero_sign: Literal[1, -1] = 1, *, sources: int) ->
     elect = cast(Elect, chosen["elect"])
     required = 0
     if elect == "quorum":
-        # 0.6 of 5 is 3.0000000000000004 in float64 for some products: the slack keeps a whole number whole.
+        # 0.55 · 20 is 11.000000000000002 in float64: the slack keeps a whole number whole.
         required = math.ceil(float(chosen["quorum"]) * present - 1e-9)
     return Rule(
         scale=float(chosen["lambda"]),
