@@ -190,7 +190,7 @@ def submit(
     from mergeyard import display
 
     labels = dict(_label(text) for text in label or [])
-    with _client(url, api_key) as client:
+    with _client(url, api_key, patient=wait or download is not None) as client:
         merge = client.submit(_read(recipe), queue=queue, priority=priority, labels=labels)
         display.show_submitted(merge)
         if wait or download is not None:
@@ -292,7 +292,7 @@ def download(
     from mergeyard import display
 
     target = directory or Path(id)
-    with _client(url, api_key) as client:
+    with _client(url, api_key, patient=True) as client:
         files = client.files(id)
         _download(client, id, target)
     if as_json:
@@ -330,10 +330,11 @@ def _settings(**given: object) -> Settings:
         raise typer.BadParameter(f"MERGEYARD_{str(found['loc'][0]).upper()}: {found['msg']}") from None
 
 
-def _client(url: str, api_key: str) -> Client:
+def _client(url: str, api_key: str, *, patient: bool = False) -> Client:
+    """``patient`` for what runs for long and should outlive a restart of the service; else somebody is looking."""
     from mergeyard.client import Client
 
-    return Client(url, api_key or None)
+    return Client(url, api_key or None, retries=6 if patient else 1)
 
 
 def _wait(client: Client, merge: Merge) -> Merge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 
 import uvicorn
@@ -24,6 +25,8 @@ def serve(settings: Settings, descriptor: int | None = None) -> None:
         MergeyardError: `not_ready` where the database needs `mergeyard migrate`, `database_unavailable`.
     """
     check_loopback(settings.host)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("mergeyard").setLevel(logging.INFO)
     database = Database(settings.database)
     database.check()
     database.close()

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.artifacts.manifest import StoredFile
+from app.artifacts.manifest import MANIFEST_NAME, StoredFile
 from app.planning.plan import Contribution, Plan, PlannedSource, ShardPlan
 from app.records.job import Event, Job, Stage, Status
 from app.sources.catalogue import CatalogueEntry
@@ -366,9 +366,8 @@ def _failure(error: Mapping[str, Any] | None) -> Failure | None:
 def _artifact(artifact: Mapping[str, Any] | None) -> ArtifactSummary | None:
     if artifact is None:
         return None
-    return ArtifactSummary(
-        size=artifact["size"], files=len(artifact["files"]), manifest_sha256=artifact["manifest_sha256"]
-    )
+    names = {file["name"] for file in artifact["files"]} | {MANIFEST_NAME}
+    return ArtifactSummary(size=artifact["size"], files=len(names), manifest_sha256=artifact["manifest_sha256"])
 
 
 def _changes(part: Contribution) -> bool:

@@ -18,7 +18,7 @@ import pytest
 
 from mergeyard.client import Client
 from mergeyard.up import SOCKET_PATH_BYTES, broker_socket
-from tests import tiny
+from tests import servers, tiny
 from tests.cli.commands import MERGEYARD, environment, mergeyard
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -44,13 +44,15 @@ class Up:
         raise AssertionError(f"{wanted} does not run")
 
 
-def start(data: Path, models: Path) -> Up:
+def start(data: Path, models: Path, **variables: str) -> Up:
+    # Everybody is quick to notice and to be missed: no test waits for a minute's lease.
+    quick = {"MERGEYARD_JANITOR_SECONDS": "1", "MERGEYARD_LEASE_SECONDS": "10"}
     process = subprocess.Popen(
         [*MERGEYARD, "up", "--port", "0", "--data-dir", str(data)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=environment(MERGEYARD_MODEL_ROOTS=str(models), MERGEYARD_JANITOR_SECONDS="1", MERGEYARD_LEASE_SECONDS="10"),
+        env=environment(MERGEYARD_MODEL_ROOTS=str(models), **quick, **variables),
     )
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -189,16 +191,32 @@ class TestAService:
         assert not (up.data / "valkey.sock").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_running_however_it_ends(tmp_path: Path, tiny_models: Path, number: int) -> None:
-    up = start(tmp_path / "data", tiny_models)
-    merge_id = httpx.post(f"{up.url}/merges", json={"recipe": tiny.recipe()}).json()["id"]
+def ends_without_a_trace(data: Path, models: Path, number: int, **variables: str) -> None:
+    up = start(data, models, **variables)
+    merge_id = httpx.post(f"{up.url}/merges", json={"recipe": tiny.recipe(), "queue": "default"}).json()["id"]
     end(up, number)
     # The folder is free again, and what was accepted is not forgotten.
-    again = start(tmp_path / "data", tiny_models)
+    again = start(data, models, **variables)
     with Client(again.url) as client:
         assert client.wait(merge_id, timeout=90)["status"] == "succeeded"
     end(again)
+
+
+def test_nothing_is_left_running_when_it_is_killed(tmp_path: Path, tiny_models: Path) -> None:
+    ends_without_a_trace(tmp_path / "data", tiny_models, signal.SIGKILL)
+
+
+def test_nothing_is_left_running_after_ctrl_c_on_postgresql_and_a_broker_of_ones_own(
+    tmp_path: Path, tiny_models: Path, postgres_url: str
+) -> None:
+    with (
+        servers.temporary_database(postgres_url) as database,
+        servers.short_folder() as folder,
+        servers.valkey(folder / "own.sock") as broker,
+    ):
+        own = {"MERGEYARD_DATABASE_URL": database, "MERGEYARD_BROKER_URL": broker}
+        ends_without_a_trace(tmp_path / "data", tiny_models, signal.SIGINT, **own)
+        assert {path.name for path in (tmp_path / "data").glob("*.s*")} == set()  # no SQLite, no socket
 
 
 class TestTheBrokersSocket:
