@@ -14,12 +14,13 @@ from starlette.routing import Route
 import app
 from app.api import docs, errors, files, health, merges, openapi, sources, uploads
 from app.api.middleware import BodyLimit, RequestIds
-from app.api.service import Service, merged_files
+from app.api.service import Service
 from app.artifacts.store import LocalStore
 from app.records.bell import Bell
 from app.records.database import Database
 from app.records.janitor import Janitor
 from app.records.jobs import Jobs
+from app.records.published import merged_files
 from app.settings import Settings
 from app.sources.resolver import Resolver
 from app.sources.uploads import UploadStore

@@ -6,12 +6,11 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from app.artifacts.manifest import MANIFEST_NAME, StoredFile
+from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
 from app.errors import MergeyardError
 from app.records.bell import Bell
@@ -19,9 +18,10 @@ from app.records.database import Database
 from app.records.janitor import sweep
 from app.records.job import Job
 from app.records.jobs import Jobs
+from app.records.published import artifact_files
 from app.records.upkeep import Upkeep
 from app.settings import Settings
-from app.sources.resolver import MergedFiles, Resolver
+from app.sources.resolver import Resolver
 from app.sources.uploads import UploadStore
 
 OWNER = "local"  # everybody, until there are keys
@@ -82,34 +82,6 @@ def service(request: Request) -> Service:
 
 
 Serving = Annotated[Service, Depends(service)]
-
-
-def artifact_files(job: Job, store: LocalStore) -> dict[str, StoredFile]:
-    """Every file of a published artifact by the name users see, the manifest first."""
-    assert job.artifact is not None
-    manifest = StoredFile(
-        name=MANIFEST_NAME,
-        key=job.artifact["manifest_key"],
-        size=store.size(job.artifact["manifest_key"]),
-        sha256=job.artifact["manifest_sha256"],
-    )
-    listed = [StoredFile(**file) for file in job.artifact["files"] if file["name"] != MANIFEST_NAME]
-    return {file.name: file for file in (manifest, *listed)}
-
-
-def merged_files(jobs: Jobs, store: LocalStore, job_id: str) -> MergedFiles:
-    """A published merge as a source (``merge:ID``). Raises `source_not_found`."""
-    try:
-        job = jobs.get(job_id)
-    except MergeyardError as error:
-        if error.code != "not_found":
-            raise
-        raise MergeyardError("source_not_found", f"merge:{job_id} does not exist; GET /merges lists them.") from None
-    if job.artifact is None:
-        message = f"merge:{job_id} is {job.status}: only a succeeded merge can be a source."
-        raise MergeyardError("source_not_found", message)
-    files = artifact_files(job, store)
-    return MergedFiles(files={name: Path(store.path(file.key)) for name, file in files.items()})
 
 
 def _nothing_published(job: Job) -> MergeyardError:
