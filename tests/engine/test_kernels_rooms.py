@@ -59,6 +59,8 @@ def cases(draw: st.DrawFn) -> Case:
     deltas = random.standard_normal((sources, n)) * scale
     if draw(st.booleans()):  # equal magnitudes, of both signs
         deltas = np.round(deltas / scale) * scale
+    if draw(st.booleans()):  # so far apart that the order of a float64 sum shows
+        deltas *= np.exp2(random.integers(-60, 1, (sources, n)))
     if draw(st.booleans()):
         deltas[random.random((sources, n)) < 0.4] = 0.0
     if draw(st.booleans()):

@@ -219,7 +219,6 @@ def _fine_histogram(delta: Floats, counts: Longs, prefix: int) -> None:
     words = flags.view(np.uint64)
     for start in range(0, len(bits), TILE):
         tile = bits[start : start + TILE]
-        flags[len(tile) :] = 0
         for j in range(len(tile)):
             flags[j] = ((tile[j] & MAGNITUDE) >> 16) == wanted
         for w in range(len(words)):

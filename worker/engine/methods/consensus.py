@@ -59,7 +59,7 @@ def _rule(tensor: TensorPlan, zero_sign: Literal[1, -1] = 1, *, sources: int) ->
     elect = cast(Elect, chosen["elect"])
     required = 0
     if elect == "quorum":
-        # 0.55 · 20 is 11.000000000000002 in float64: the slack keeps a whole number whole.
+        # 0.07 · 100 is 7.000000000000001 in float64: the slack keeps a whole number whole.
         required = math.ceil(float(chosen["quorum"]) * present - 1e-9)
     return Rule(
         scale=float(chosen["lambda"]),
