@@ -158,8 +158,10 @@ def read_cursor(cursor: str) -> tuple[datetime, str]:
     try:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
         moment, job_id = text.split("|")
+        if not job_id.isprintable():  # PostgreSQL takes no NUL, not even to compare with
+            raise ValueError(job_id)
         return datetime.fromisoformat(moment).astimezone(UTC), job_id
-    except (ValueError, binascii.Error):
+    except (ValueError, OverflowError, binascii.Error):
         raise MergeyardError(
             "request_invalid", "The cursor is not one that this service gave out.", where="cursor"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import resource
@@ -219,6 +220,13 @@ class TestRouting:
     )
     def test_a_bad_query_is_a_problem(self, api: ServedApi, query: str) -> None:
         problem(api.http.get(f"/merges?{query}"), 422, "request_invalid")
+
+    @pytest.mark.parametrize(
+        "text", ["2026-01-01T00:00:00+00:00|a\x00b", "0001-01-01T00:00:00+23:00|a", "9999-12-31T23:59:59-23:00|a", "|"]
+    )
+    def test_a_forged_cursor_is_a_problem(self, api: ServedApi, text: str) -> None:
+        cursor = base64.urlsafe_b64encode(text.encode()).decode()
+        problem(api.http.get("/merges", params={"cursor": cursor}), 422, "request_invalid")
 
     def test_a_sane_request_id_is_kept_and_another_replaced(self, api: ServedApi) -> None:
         assert api.http.get("/healthz", headers={"x-request-id": "build-7"}).headers["x-request-id"] == "build-7"
