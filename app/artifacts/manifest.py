@@ -47,7 +47,7 @@ class TensorStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """``files`` excludes the manifest itself. ``fingerprint`` is the plan's digest; ``versions`` names engine and libraries."""
+    """``files`` excludes the manifest. ``fingerprint`` is the plan's digest; ``versions`` names the libraries."""
 
     fingerprint: str
     recipe: Mapping[str, Any]
