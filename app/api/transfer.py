@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from anyio import CancelScope, to_thread
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Send
 
 from app.api.errors import problem_response
 from app.api.ranges import NotSatisfiableError, if_range_allows, none_match, parse_range
@@ -55,10 +57,20 @@ async def serve(
         status, extra["Content-Range"] = 206, f"bytes {start}-{end - 1}/{size}"
     await to_thread.run_sync(_check_sizes, store, segments)
     body = _read(store, segments, start, end)
-    return StreamingResponse(body, status_code=status, headers={**common, **extra})
+    return _Transfer(body, status_code=status, headers={**common, **extra})
 
 
-async def _read(store: LocalStore, segments: Sequence[Segment], start: int, end: int) -> AsyncIterator[bytes]:
+class _Transfer(StreamingResponse):
+    """Closes its body however it ends: a reader that goes away between two pieces must not leave a file open."""
+
+    body_iterator: AsyncGenerator[bytes]
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+async def _read(store: LocalStore, segments: Sequence[Segment], start: int, end: int) -> AsyncGenerator[bytes]:
     """The bytes [start, end) of the segments in a row."""
     position = 0
     for segment in segments:
@@ -69,23 +81,18 @@ async def _read(store: LocalStore, segments: Sequence[Segment], start: int, end:
             continue
         if isinstance(segment, bytes):
             yield segment[first:last]
-        else:
-            async for piece in _read_stored(store, segment.key, first, last):
+            continue
+        file: BinaryIO = await to_thread.run_sync(store.open, segment.key, first)
+        try:
+            while first < last:
+                piece = await to_thread.run_sync(file.read, min(PIECE_BYTES, last - first))
+                if not piece:
+                    raise OSError(f"{segment.key} ends at {first}; {last} bytes were promised")
+                first += len(piece)
                 yield piece
-
-
-async def _read_stored(store: LocalStore, key: str, start: int, end: int) -> AsyncIterator[bytes]:
-    file: BinaryIO = await to_thread.run_sync(store.open, key, start)
-    try:
-        while start < end:
-            piece = await to_thread.run_sync(file.read, min(PIECE_BYTES, end - start))
-            if not piece:
-                raise OSError(f"{key} ends at {start}; {end} bytes were promised")
-            start += len(piece)
-            yield piece
-    finally:
-        with CancelScope(shield=True):  # a reader that went away must not leave the file open
-            await to_thread.run_sync(file.close)
+        finally:
+            with CancelScope(shield=True):
+                await to_thread.run_sync(file.close)
 
 
 def _check_sizes(store: LocalStore, segments: Sequence[Segment]) -> None:

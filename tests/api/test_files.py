@@ -8,9 +8,11 @@ import http.client
 import io
 import json
 import tarfile
+import time
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from app.api.archive import tar_segments
@@ -196,3 +198,18 @@ def test_a_download_goes_on_while_its_merge_is_deleted(api: ServedApi) -> None:
         assert httpx.delete(f"{api.url}/merges/{job.id}").status_code == 204
         received += sum(map(len, pieces))
     assert received == 3 * len(WEIGHTS)
+
+
+def test_a_reader_that_goes_away_leaves_no_file_open(api: ServedApi) -> None:
+    job = api.published({"model.safetensors": WEIGHTS * 5})
+    for _ in range(5):
+        with api.http.stream("GET", f"/merges/{job.id}/files/model.safetensors") as response:
+            next(response.iter_bytes(1000))
+
+    def still_open() -> list[str]:
+        return [file.path for file in psutil.Process().open_files() if job.id in file.path]
+
+    deadline = time.monotonic() + 5
+    while still_open():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
