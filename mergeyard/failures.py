@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,22 +40,28 @@ def describe(error: Exception) -> Failure:
             problems=error.problems,
             request_id=error.request_id,
         )
-    if isinstance(error, StartError):
-        return Failure(code="cannot_start", detail=str(error), fault="user")
-    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError | UnicodeDecodeError):
-        name = getattr(error, "filename", None)
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        return Failure(code="file_unreadable", detail=f"{name or 'The recipe'}: {reason}", fault="user")
     # Only what has loaded the service's code can raise its errors; the client alone must not import it.
     errors = sys.modules.get("app.errors")
     if errors is not None and isinstance(error, errors.MergeyardError):
         problems = [problem.as_json() for problem in error.problems]
         return Failure(code=error.code, detail=error.message, fault=error.fault, problems=problems)
-    if isinstance(error, ModuleNotFoundError):
+    return _of_this_machine(error)
+
+
+def _of_this_machine(error: Exception) -> Failure:
+    code, detail, fault = "internal", f"{type(error).__name__}: {error}. MERGEYARD_DEBUG=1 shows where.", "system"
+    if isinstance(error, StartError):
+        code, detail, fault = "cannot_start", str(error), "user"
+    elif isinstance(error, UnicodeDecodeError):
+        code, detail, fault = "file_unusable", "The recipe is not UTF-8 text.", "user"
+    elif isinstance(error, ModuleNotFoundError):
         detail = f"This command needs more than the client: pip install 'mergeyard[worker]' ({error})."
-        return Failure(code="not_installed", detail=detail, fault="user")
-    detail = f"{type(error).__name__}: {error}. MERGEYARD_DEBUG=1 shows where."
-    return Failure(code="internal", detail=detail, fault="system")
+        code, fault = "not_installed", "user"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        code, detail = "disk_full", "There is not enough disk space; free some and try again."
+    elif isinstance(error, OSError) and error.filename:
+        code, detail, fault = "file_unusable", f"{error.filename}: {error.strerror}", "user"
+    return Failure(code=code, detail=detail, fault=fault)
 
 
 def show(failure: Failure) -> None:

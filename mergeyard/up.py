@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from app.records.bell import Bell
 from app.records.database import Database
 from app.settings import Settings
 from mergeyard.processes import Part, StartError, Supervisor
@@ -44,12 +45,13 @@ def run_up(settings: Settings) -> int:
 
     Raises:
         StartError: where the folder is in use, the port is taken, or a part does not start. Nothing is left running.
+        MergeyardError: `database_unavailable`, `broker_unavailable`, where those that the settings name do not answer.
     """
     check_loopback(settings.host)
     root = settings.root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(root), _listening(settings.host, settings.port) as listener, _stop_requests() as stopping:
-        Database(settings.database).migrate()
+        _prepare(settings)
         url = _url(listener)
         supervisor = Supervisor(_parts(settings, listener), stopping, _say)
         try:
@@ -61,6 +63,17 @@ def run_up(settings: Settings) -> int:
         finally:
             supervisor.stop()
     return 0
+
+
+def _prepare(settings: Settings) -> None:
+    """Migrate; and where the broker is somebody else's, see that it answers before anything waits for it."""
+    database = Database(settings.database)
+    database.migrate()
+    database.close()
+    if settings.broker_url:
+        bell = Bell(settings.broker)
+        bell.check()
+        bell.close()
 
 
 def _parts(settings: Settings, listener: socket.socket) -> list[Part]:

@@ -153,6 +153,7 @@ class TestWhatIsWrong:
             ("submit", "recipe.yaml", "--label", "x"),
             ("lst",),
             ("up", "--port", "70000"),
+            ("up", "--data-dir", "recipe.yaml"),
             ("up", "--host", "0.0.0.0"),
             ("download", "x", "--url", "not a url"),
         ],
@@ -173,6 +174,20 @@ class TestWhatIsWrong:
     def test_a_database_that_is_not_migrated_says_what_to_run(self, tmp_path: Path) -> None:
         ran = mergeyard("api", MERGEYARD_DATA_DIR=str(tmp_path))
         assert ran.code == 1 and "mergeyard migrate" in ran.err
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "code"),
+        [
+            ("MERGEYARD_DATABASE_URL", "postgresql://127.0.0.1:9/x", "database_unavailable"),
+            ("MERGEYARD_BROKER_URL", "redis://127.0.0.1:9/0", "broker_unavailable"),
+        ],
+    )
+    def test_servers_that_do_not_answer_are_named_before_anything_starts(
+        self, tmp_path: Path, variable: str, value: str, code: str
+    ) -> None:
+        ran = mergeyard("up", "--port", "0", "--data-dir", tmp_path, **{variable: value})
+        assert ran.code == 1 and ran.err.startswith(code)
+        assert not (tmp_path / "logs").exists()
 
     def test_is_a_trace_for_who_wants_one(self) -> None:
         done = subprocess.run(
