@@ -31,9 +31,9 @@ def yard(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path, broker_url
 
 
 @pytest.fixture
-def empty_yard(tmp_path: Path, tiny_models: Path, broker_url: str, queue: str) -> Iterator[Yard]:
-    """A yard without a worker."""
-    with open_yard(tmp_path, tiny_models, broker_url, queue) as opened:
+def empty_yard(tmp_path: Path, tiny_models: Path, broker_url: str, queue: str, database_url: str) -> Iterator[Yard]:
+    """A yard without a worker, once on each database."""
+    with open_yard(tmp_path, tiny_models, broker_url, queue, database_url=database_url) as opened:
         yield opened
 
 

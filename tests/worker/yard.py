@@ -92,7 +92,7 @@ class Yard:
 def open_yard(
     folder: Path, models: Path, broker_url: str, queue: str, *, tidy: bool = True, **settings: Any
 ) -> Iterator[Yard]:
-    """A yard on SQLite with its own copy of the models and a janitor that comes by twice a second (``tidy``)."""
+    """A yard (on SQLite, unless told) with its own models and a janitor that comes by twice a second (``tidy``)."""
     shutil.copytree(models, folder / "models")
     values: dict[str, Any] = {
         "data_dir": folder / "data",
