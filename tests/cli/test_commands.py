@@ -204,3 +204,13 @@ def test_migrate_can_run_any_number_of_times(tmp_path: Path) -> None:
     for _ in range(2):
         assert mergeyard("migrate", MERGEYARD_DATA_DIR=str(tmp_path)).code == 0
     assert (tmp_path / "mergeyard.sqlite3").exists()
+
+
+def test_the_client_commands_work_where_only_the_client_is_installed() -> None:
+    missing = ["app", "worker", "fastapi", "sqlalchemy", "torch"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing})); from mergeyard.cli import main;"
+        "sys.argv = ['mergeyard', 'status', 'x', '--url', 'http://127.0.0.1:9']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.split(":")[0]) == (1, "unreachable"), done.stderr
