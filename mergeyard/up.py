@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -53,7 +53,8 @@ def run_up(settings: Settings) -> int:
     with _locked(root), _listening(settings.host, settings.port) as listener, _stop_requests() as stopping:
         _prepare(settings)
         url = _url(listener)
-        supervisor = Supervisor(_parts(settings, listener), stopping, _say)
+        broker = None if settings.broker_url else broker_socket(root)
+        supervisor = Supervisor(_parts(settings, listener, broker), stopping, _say)
         try:
             supervisor.start(READY_SECONDS)
             if not stopping.is_set():
@@ -62,6 +63,9 @@ def run_up(settings: Settings) -> int:
             supervisor.watch()
         finally:
             supervisor.stop()
+            if broker is not None and broker.parent != root:
+                with suppress(OSError):
+                    broker.parent.rmdir()
     return 0
 
 
@@ -76,16 +80,15 @@ def _prepare(settings: Settings) -> None:
         bell.close()
 
 
-def _parts(settings: Settings, listener: socket.socket) -> list[Part]:
-    """In the order they start."""
+def _parts(settings: Settings, listener: socket.socket, broker: Path | None) -> list[Part]:
+    """In the order they start. ``broker`` is the socket of an embedded Valkey, None where the broker is another's."""
     logs = settings.root / "logs"
     logs.mkdir(exist_ok=True)
     environment = {**os.environ, "MERGEYARD_DATA_DIR": str(settings.root)}
     parts = []
-    if not settings.broker_url:
-        path = broker_socket(settings.root)
-        environment["MERGEYARD_BROKER_URL"] = f"redis+socket://{path}"
-        parts.append(_valkey(path, settings.root, logs))
+    if broker is not None:
+        environment["MERGEYARD_BROKER_URL"] = f"redis+socket://{broker}"
+        parts.append(_valkey(broker, settings.root, logs))
     mergeyard = [sys.executable, "-m", "mergeyard.cli"]
     parts.append(
         Part(

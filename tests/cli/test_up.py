@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -203,7 +204,11 @@ def ends_without_a_trace(data: Path, models: Path, number: int, **variables: str
 
 
 def test_nothing_is_left_running_when_it_is_killed(tmp_path: Path, tiny_models: Path) -> None:
-    ends_without_a_trace(tmp_path / "data", tiny_models, signal.SIGKILL)
+    data = tmp_path / "with a space"  # so its broker's socket lies in a private temporary folder
+    ends_without_a_trace(data, tiny_models, signal.SIGKILL)
+    folder = broker_socket(data).parent
+    assert folder.parent == Path(tempfile.gettempdir()) and list(folder.iterdir()) == []
+    folder.rmdir()
 
 
 def test_nothing_is_left_running_after_ctrl_c_on_postgresql_and_a_broker_of_ones_own(
