@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 the merge failed (or the service did), 2 the request was w
 """
 
 # Each command imports what it alone needs, and Typer passes options by name:
-# ruff: noqa: PLC0415, PLR0917
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 

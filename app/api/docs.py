@@ -100,7 +100,7 @@ def _bodies(request_body: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield "", "", ""
 
 
-def _example(path: str, method: str, media_type: str, title: str, text: str, command: str) -> str:  # noqa: PLR0917
+def _example(path: str, method: str, media_type: str, title: str, text: str, command: str) -> str:
     form = ""
     if media_type != "multipart/form-data":  # a page cannot name files
         area = f'<textarea name="body" rows="{text.count(chr(10)) + 2}">{escape(text)}</textarea>' if text else ""

@@ -87,7 +87,7 @@ def plan(body: Body, serving: Serving) -> MergePlan:
 
 
 @router.get("", response_model=MergePage, summary="List merges", responses={422: Problem})
-def list_merges(  # noqa: PLR0917 (one parameter a query parameter; FastAPI passes them by name)
+def list_merges(
     request: Request,
     response: Response,
     serving: Serving,

@@ -52,7 +52,7 @@ def block(request: pytest.FixtureRequest) -> int | None:
         "quorum",
     ],
 )
-def test_ties_on_vector_a(  # noqa: PLR0917
+def test_ties_on_vector_a(
     kernels: Kernels,
     block: int | None,
     parameters: dict[str, Scalar],

@@ -5,8 +5,6 @@ numbers equal the reference's bit for bit. Floats are reinterpreted as integers 
 which NumPy does not know, goes through uint16. Float16 is converted by torch.
 """
 
-# ruff: noqa: PLR0917 - a compiled loop takes its arrays and scalars by position
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -40,7 +40,7 @@ class ReferenceKernels:
         kept = [_kept_values(delta, trim) for delta, trim in zip(deltas, trims, strict=True)]
         return int(_elected(_votes(kept, weights, rule), rule, even=0).sum(dtype=torch.int64))
 
-    def merge(  # noqa: PLR0917
+    def merge(
         self,
         base: torch.Tensor,
         deltas: torch.Tensor,

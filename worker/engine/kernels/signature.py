@@ -116,7 +116,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def merge(  # noqa: PLR0917
+    def merge(
         self,
         base: torch.Tensor,
         deltas: torch.Tensor,
