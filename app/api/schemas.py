@@ -190,7 +190,7 @@ class PlannedSourceDocument(Document):
             reference=source.reference,
             role=source.role,
             size=sum(file.size for file in source.files),
-            files=[file.path.name for file in source.files],
+            files=[file.name for file in source.files],
         )
 
 

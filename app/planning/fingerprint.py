@@ -65,7 +65,7 @@ def plan_digest(
         "version": app.__version__,
         "recipe": {key: item for key, item in resolved.items() if key != "name"},
         "sources": pins,
-        "companions": [[file.path.name, file.header_sha256] for file in companions],
+        "companions": [[file.name, file.header_sha256] for file in companions],
         "documents": documents,
     }
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

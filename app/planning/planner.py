@@ -279,10 +279,10 @@ def _documents(
     documents: dict[str, Mapping[str, Any]] = {"config.json": config}
     companions = []
     for file in base.companions:
-        if file.path.name.endswith("_config.json"):
+        if file.name.endswith("_config.json"):
             value = read_json(file.path, base.reference)
             if "auto_map" in value:
-                documents[file.path.name] = {key: item for key, item in value.items() if key != "auto_map"}
+                documents[file.name] = {key: item for key, item in value.items() if key != "auto_map"}
                 continue
         companions.append(file)
     return documents, tuple(companions)

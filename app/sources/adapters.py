@@ -98,7 +98,7 @@ def load_adapter(files: Mapping[str, Path], reference: str) -> AdapterSource:
             )
             raise MergeyardError("pickle_refused", message)
         raise MergeyardError("source_not_found", f"{reference} has no {WEIGHTS}")
-    header = read_header(files[WEIGHTS])
+    header = read_header(files[WEIGHTS], WEIGHTS)
     factors: dict[str, dict[str, TensorSpec]] = {}
     saved: dict[str, TensorSpec] = {}
     for key, tensor in header.tensors.items():
@@ -121,12 +121,11 @@ def load_adapter(files: Mapping[str, Path], reference: str) -> AdapterSource:
         raise _invalid(reference, "it holds no factors and no saved modules, so it changes nothing")
     return AdapterSource(
         reference=reference,
-        folder=files[CONFIG].parent,
         config=config,
         modules=tuple(_module(name, pair, config, reference) for name, pair in sorted(factors.items())),
         saved=saved,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        files=(header.file, pin(files[CONFIG])),
+        files=(header.file, pin(files[CONFIG], CONFIG)),
     )
 
 

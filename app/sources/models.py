@@ -44,7 +44,7 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
     tensors: dict[str, TensorSpec] = {}
     shards = []
     for name in _shards(files, reference):
-        header = read_header(files[name])
+        header = read_header(files[name], name)
         shards.append(header.file)
         for tensor in header.tensors.values():
             if tensor.name in tensors:
@@ -54,22 +54,21 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
         raise MergeyardError("source_format", f"{reference} holds no tensors")
     return ModelSource(
         reference=reference,
-        folder=files["config.json"].parent,
         tensors=tensors,
         config=config,
         files=tuple(shards),
-        companions=tuple(pin(files[name]) for name in COMPANIONS if name in files),
+        companions=tuple(pin(files[name], name) for name in COMPANIONS if name in files),
     )
 
 
-def pin(path: Path) -> SourceFile:
+def pin(path: Path, name: str) -> SourceFile:
     """A small file as a SourceFile: its whole digest is its pin."""
     try:
         status = path.stat()
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise MergeyardError("source_not_found", f"{path.name} cannot be read: {error.strerror}") from None
-    return SourceFile(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns, header_sha256=digest)
+        raise MergeyardError("source_not_found", f"{name} cannot be read: {error.strerror}") from None
+    return SourceFile(name=name, path=path, size=status.st_size, mtime_ns=status.st_mtime_ns, header_sha256=digest)
 
 
 def read_json(path: Path, reference: str) -> dict[str, Any]:

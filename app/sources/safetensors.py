@@ -27,41 +27,42 @@ FLOATS = frozenset({"F16", "BF16", "F32", "F64"})  # what a merge can compute wi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """A checked header: tensors in file order, the metadata, and the file it belongs to."""
+    """A checked header: tensors in file order, and the file they lie in."""
 
     file: SourceFile
     tensors: Mapping[str, TensorSpec]
-    metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> Header:
-    """Read and check one file's header.
+def read_header(path: Path, name: str = "") -> Header:
+    """Read and check one file's header. ``name`` is what the file is called inside its model (its own, if not given).
 
     Raises:
         MergeyardError: `source_format` where lengths, offsets, dtypes, shapes or sizes do not add up;
             `source_not_found` where the file is missing.
     """
+    name = name or path.name
     try:
         with path.open("rb") as stream:
             status = path.stat()
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
-                raise _bad(path, "it is too short to be a safetensors file")
+                raise _bad(name, "it is too short to be a safetensors file")
             if length > MAX_HEADER_BYTES:
-                raise _bad(path, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
+                raise _bad(name, f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
             text = stream.read(length)
     except OSError as error:
-        raise MergeyardError("source_not_found", f"{path.name} cannot be read: {error.strerror}") from None
+        raise MergeyardError("source_not_found", f"{name} cannot be read: {error.strerror}") from None
     if len(text) < length or length < 2:
-        raise _bad(path, "it ends inside its header; it is truncated")
+        raise _bad(name, "it ends inside its header; it is truncated")
     try:
         raw = strict_json.loads(text)
     except (ValueError, UnicodeDecodeError) as error:
-        raise _bad(path, f"its header is not valid JSON ({error})") from None
+        raise _bad(name, f"its header is not valid JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise _bad(path, "its header is not a JSON object")
+        raise _bad(name, "its header is not a JSON object")
     file = SourceFile(
+        name=name,
         path=path,
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
@@ -69,28 +70,28 @@ def read_header(path: Path) -> Header:
     )
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _bad(path, "its metadata is not a map of strings")
+        raise _bad(name, "its metadata is not a map of strings")
     tensors = sorted(
-        (_tensor(file, name, entry, data_start=8 + length) for name, entry in raw.items()),
+        (_tensor(file, key, entry, data_start=8 + length) for key, entry in raw.items()),
         key=lambda tensor: (tensor.offset, tensor.nbytes, tensor.name),
     )
     _check_layout(file, tensors, data_start=8 + length)
-    return Header(file=file, tensors={tensor.name: tensor for tensor in tensors}, metadata=metadata)
+    return Header(file=file, tensors={tensor.name: tensor for tensor in tensors})
 
 
 def _tensor(file: SourceFile, name: str, entry: Any, *, data_start: int) -> TensorSpec:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _bad(file.path, f"the entry of {name!r} is not dtype, shape and data_offsets")
+        raise _bad(file.name, f"the entry of {name!r} is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_BYTES:
-        raise _bad(file.path, f"{name!r} has the dtype {str(dtype)[:20]!r}, which is not accepted")
+        raise _bad(file.name, f"{name!r} has the dtype {str(dtype)[:20]!r}, which is not accepted")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_size(item) for item in shape):
-        raise _bad(file.path, f"the shape of {name!r} is not a list of at most {MAX_DIMENSIONS} sizes")
+        raise _bad(file.name, f"the shape of {name!r} is not a list of at most {MAX_DIMENSIONS} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_size(item) for item in offsets):
-        raise _bad(file.path, f"the offsets of {name!r} are not two positions")
+        raise _bad(file.name, f"the offsets of {name!r} are not two positions")
     begin, end = offsets
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise _bad(file.path, f"{name!r} has {end - begin} bytes, its shape and dtype need another number")
+        raise _bad(file.name, f"{name!r} has {end - begin} bytes, its shape and dtype need another number")
     return TensorSpec(
         name=name, dtype=dtype, shape=tuple(shape), file=file, offset=data_start + begin, nbytes=end - begin
     )
@@ -100,22 +101,22 @@ def _check_layout(file: SourceFile, tensors: list[TensorSpec], *, data_start: in
     expected = data_start
     for tensor in tensors:
         if tensor.offset < expected:
-            raise _bad(file.path, f"{tensor.name!r} overlaps the tensor before it")
+            raise _bad(file.name, f"{tensor.name!r} overlaps the tensor before it")
         if tensor.offset > expected:
-            raise _bad(file.path, f"there is a gap before {tensor.name!r}")
+            raise _bad(file.name, f"there is a gap before {tensor.name!r}")
         expected += tensor.nbytes
     if file.size < expected:
         raise _bad(
-            file.path,
+            file.name,
             f"it has {file.size} bytes and its header needs {expected}; it is truncated, fetch it again",
         )
     if file.size > expected:
-        raise _bad(file.path, f"{file.size - expected} bytes follow its last tensor")
+        raise _bad(file.name, f"{file.size - expected} bytes follow its last tensor")
 
 
 def _size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
 
 
-def _bad(path: Path, what: str) -> MergeyardError:
-    return MergeyardError("source_format", f"{path.name} is not an acceptable safetensors file: {what}.")
+def _bad(name: str, what: str) -> MergeyardError:
+    return MergeyardError("source_format", f"{name} is not an acceptable safetensors file: {what}.")

@@ -15,9 +15,12 @@ from typing import Any
 class SourceFile:
     """A file and what pins it: a file whose size, mtime or header differs later is another file.
 
-    ``header_sha256`` is that of a safetensors header (length prefix and JSON), or of the whole file for others.
+    ``name`` is what the file is called inside its model; ``path`` leads to its bytes and may be called anything, as in
+    a hub cache, where names are links to blobs. ``header_sha256`` is that of a safetensors header (length prefix
+    and JSON), or of the whole file for others.
     """
 
+    name: str
     path: Path
     size: int
     mtime_ns: int
@@ -41,7 +44,6 @@ class ModelSource:
     """A full model: every tensor by name, ``config.json``, and the files that travel with it untouched."""
 
     reference: str
-    folder: Path
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
     files: tuple[SourceFile, ...]  # the weight shards, in the index's order
@@ -66,7 +68,6 @@ class AdapterSource:
     """
 
     reference: str
-    folder: Path
     config: Mapping[str, Any]
     modules: tuple[LoraModule, ...]
     saved: Mapping[str, TensorSpec]

@@ -45,7 +45,7 @@ def plan_of(
     """A tensor of n values that every one of the weighted sources changes."""
     if isinstance(densities, float):
         densities = [densities] * len(weights)
-    file = SourceFile(path=Path("base"), size=4 * n, mtime_ns=0, header_sha256="")
+    file = SourceFile(name="base", path=Path("base"), size=4 * n, mtime_ns=0, header_sha256="")
     spec = TensorSpec(name="w", dtype="F32", shape=(n,), file=file, offset=0, nbytes=4 * n)
     contributions = tuple(
         Contribution(source=i, full=spec, lora=None, parameters={"weight": weight, "density": density})

@@ -28,7 +28,6 @@ def test_a_file_written_by_the_library_is_read_with_its_places(tmp_path: Path) -
     tensors = {"b": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "a": torch.ones(4)}
     save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
     header = read_header(tmp_path / "x.safetensors")
-    assert header.metadata == {"format": "pt"}
     spec = header.tensors["b"]
     assert (spec.dtype, spec.shape, spec.nbytes) == ("BF16", (2, 3), 12)
     raw = (tmp_path / "x.safetensors").read_bytes()[spec.offset : spec.offset + spec.nbytes]

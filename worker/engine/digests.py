@@ -109,7 +109,7 @@ def hash_file(file: SourceFile, stop: Event) -> str:
 
     For anything but safetensors the plan knows the whole file's digest already, and it must be that one.
     """
-    safetensors = file.path.suffix == ".safetensors"
+    safetensors = file.name.endswith(".safetensors")
     digest = hashlib.sha256()
     piece = bytearray(_PIECE)
     with os.fdopen(open_unmoved(file, with_header=safetensors), "rb", buffering=0) as stream:

@@ -102,9 +102,7 @@ class Reader:
             try:
                 count = os.preadv(descriptor, [view], offset)
             except OSError as error:
-                raise MergeyardError(
-                    "source_format", f"{spec.file.path.name} cannot be read: {error.strerror}."
-                ) from error
+                raise MergeyardError("source_format", f"{spec.file.name} cannot be read: {error.strerror}.") from error
             if count == 0:
                 raise moved(spec.file)
             view, offset = view[count:], offset + count
@@ -126,7 +124,7 @@ def open_unmoved(file: SourceFile, *, with_header: bool) -> int:
     except FileNotFoundError:
         raise moved(file) from None
     except OSError as error:
-        raise MergeyardError("source_format", f"{file.path.name} cannot be opened: {error.strerror}.") from error
+        raise MergeyardError("source_format", f"{file.name} cannot be opened: {error.strerror}.") from error
     try:
         check_unmoved(file, os.fstat(descriptor))
         if with_header and header_digest(descriptor) != file.header_sha256:
@@ -162,6 +160,4 @@ def check_unmoved(file: SourceFile, status: os.stat_result) -> None:
 
 
 def moved(file: SourceFile) -> MergeyardError:
-    return MergeyardError(
-        "source_changed", f"{file.path.name} changed after the merge was planned; submit the merge again."
-    )
+    return MergeyardError("source_changed", f"{file.name} changed after the merge was planned; submit the merge again.")

@@ -181,7 +181,7 @@ def _source_records(plan: Plan, digests: Mapping[SourceFile, str]) -> tuple[Sour
     """The base first, then the sources in the recipe's order."""
 
     def record(source: PlannedSource) -> SourceRecord:
-        files = {file.path.name: digests[file] for file in source.files}
+        files = {file.name: digests[file] for file in source.files}
         return SourceRecord(reference=source.reference, role=source.role, files=files)
 
     return tuple(record(source) for source in (plan.base, *plan.sources))
@@ -196,14 +196,14 @@ def _write_small_files(plan: Plan, sink: Sink, card: str) -> list[StoredFile]:
     stored = [write_file(sink, name, content) for name, content in own.items()]
     reserved = {*own, INDEX_NAME, MANIFEST_NAME, *(shard.filename for shard in plan.shards)}
     for companion in plan.companions:
-        if companion.path.name not in reserved:
+        if companion.name not in reserved:
             stored.append(_copy(companion, sink))
     return stored
 
 
 def _copy(companion: SourceFile, sink: Sink) -> StoredFile:
     """Byte for byte, in pieces. Raises ``source_changed`` where the bytes are not the planned ones."""
-    writer = sink.create(companion.path.name, companion.size)
+    writer = sink.create(companion.name, companion.size)
     try:
         with os.fdopen(open_unmoved(companion, with_header=False), "rb") as stream:
             while piece := stream.read(_PIECE):
