@@ -129,7 +129,7 @@ def _merge(place: Workplace, job: Job, lease: Lease) -> Mapping[str, Any]:
     plan = _plan_again(place, job)
     _check_room(place, job, plan)
     lease.check()
-    sink = StoreSink(place.store, place.jobs, job)
+    sink = StoreSink(place.store, place.jobs, job, lease.persist)
     output = run_merge(
         plan,
         sink,

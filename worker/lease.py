@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from app.errors import MergeyardError
 from app.records.job import CancelRequested, Job, LeaseLost
 from app.records.jobs import Jobs
 
 log = logging.getLogger("mergeyard.lease")
+
+Written = TypeVar("Written")
 
 PROGRESS_SECONDS = 0.5  # the row's progress moves at most this often
 HANG_SECONDS = 15.0  # how long a merge that was told to stop may take to reach its next check
@@ -75,7 +77,7 @@ class Lease:
     def stage(self, name: str) -> None:
         """The engine enters a stage."""
         self.check()
-        self._jobs.set_stage(self.job_id, self.token, name)
+        self.persist(lambda: self._jobs.set_stage(self.job_id, self.token, name))
 
     def progress(self, bytes_done: int, bytes_total: int) -> None:
         """Only noted; the thread writes it."""
@@ -90,8 +92,8 @@ class Lease:
         if self._stop.made:
             raise Stopping(self.job_id)
 
-    def persist(self, write: Callable[[], Job]) -> Job:
-        """A write that ends the attempt. A database that is away is waited for as long as the lease may last."""
+    def persist(self, write: Callable[[], Written]) -> Written:
+        """A write that the attempt depends on. A database that is away is waited for as long as the lease may last."""
         while True:
             try:
                 return write()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.artifacts.store import ArtifactStore, StoreWriter
@@ -18,9 +18,12 @@ log = logging.getLogger("mergeyard.sink")
 class StoreSink:
     """Files under ``<job>/<attempt token>/``. What earlier attempts recorded is adopted where its digest holds."""
 
-    def __init__(self, store: ArtifactStore, jobs: Jobs, job: Job) -> None:
+    def __init__(
+        self, store: ArtifactStore, jobs: Jobs, job: Job, persist: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """``persist`` (``Lease.persist``) makes a write and waits out a database that is away for a while."""
         assert job.lease_token is not None
-        self._store, self._jobs = store, jobs
+        self._store, self._jobs, self._persist = store, jobs, persist
         self._job_id, self._token = job.id, job.lease_token
         self._recorded = {shard.file.name: shard for shard in jobs.shards(job.id)}
         self._statistics: dict[str, Mapping[str, TensorStatistics]] = {}
@@ -59,7 +62,8 @@ class StoreSink:
         """Keep a durable weight file for a retry. Small files are made anew in no time, and are not recorded."""
         statistics = self._statistics.pop(file.name, None)
         if statistics is not None:
-            self._jobs.record_shard(self._job_id, self._token, file, statistics_as_json(statistics))
+            value = statistics_as_json(statistics)
+            self._persist(lambda: self._jobs.record_shard(self._job_id, self._token, file, value))
 
 
 class StoreFile:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records.job import Job, Status
 from tests.worker.yard import SHARDED, Yard, open_yard
@@ -188,6 +189,32 @@ def test_a_publication_whose_answer_was_lost_keeps_its_files(yard: Yard, place: 
     done = yard.jobs.get(job.id)
     assert done.status is Status.SUCCEEDED and done.artifact
     assert yard.files(job) == sorted(file["key"] for file in done.artifact["files"])
+
+
+def test_a_database_that_is_away_for_a_moment_costs_neither_the_attempt_nor_a_shard(
+    yard: Yard, place: Workplace
+) -> None:
+    job = yard.submit(ring=False, **SHARDED)
+    writes: list[str] = []
+
+    class Flickering(type(yard.jobs)):  # type: ignore[misc]
+        def set_stage(self, job_id: str, token: str, stage: Any) -> Job:
+            self.flicker(f"stage {stage}")
+            return super().set_stage(job_id, token, stage)  # type: ignore[no-any-return]
+
+        def record_shard(self, job_id: str, token: str, file: StoredFile, statistics: Any) -> None:
+            self.flicker("shard")
+            super().record_shard(job_id, token, file, statistics)
+
+        def flicker(self, write: str) -> None:
+            writes.append(write)
+            if writes.count(write) == 1:
+                raise MergeyardError("database_unavailable", "away")
+
+    assert attempt(replace(place, jobs=Flickering(yard.jobs.database)), job) is Ending.PUBLISHED
+    assert {"stage merging", "shard"} <= set(writes)
+    assert yard.jobs.get(job.id).attempt == 1
+    assert len({shard.file.name for shard in yard.jobs.shards(job.id)}) == writes.count("shard") - 1
 
 
 def test_a_stop_request_hands_the_job_back_even_without_a_broker(yard: Yard, place: Workplace) -> None:
