@@ -119,6 +119,8 @@ DIFFERS = Wordings(
         "not {prep} the '{value}' {column}",
         "where the {column} is not '{value}'",
         "with a {column} other than '{value}'",
+        "whose {column} differs from '{value}'",
+        "except those {prep} the '{value}' {column}",
     ),
     validation=("where {column} is anything but '{value}'",),
     test=("whose {column} is different from '{value}'", "where {column} does not equal '{value}'"),
@@ -136,12 +138,26 @@ COMPARES: Mapping[str, Wordings] = {
         test=("smaller than {n}", "strictly less than {n}"),
     ),
     ">=": Wordings(
-        train=("at least {n}", "no less than {n}", "greater than or equal to {n}", "of {n} or more"),
+        train=(
+            "at least {n}",
+            "no less than {n}",
+            "greater than or equal to {n}",
+            "of {n} or more",
+            "no lower than {n}",
+            "that is {n} or higher",
+        ),
         validation=("equal to or above {n}",),
         test=("not less than {n}", "of at least {n}"),
     ),
     "<=": Wordings(
-        train=("at most {n}", "no more than {n}", "less than or equal to {n}", "of {n} or less"),
+        train=(
+            "at most {n}",
+            "no more than {n}",
+            "less than or equal to {n}",
+            "of {n} or less",
+            "no higher than {n}",
+            "that is {n} or lower",
+        ),
         validation=("equal to or below {n}",),
         test=("not more than {n}", "of at most {n}"),
     ),
@@ -159,7 +175,12 @@ COMPARED = Wordings(
 )
 
 BETWEEN = Wordings(
-    train=("with {column} between {low} and {high}", "whose {column} is between {low} and {high}"),
+    train=(
+        "with {column} between {low} and {high}",
+        "whose {column} is between {low} and {high}",
+        "with a {column} in the range {low} to {high}",
+        "where the {column} runs from {low} up to {high}",
+    ),
     validation=("with a {column} from {low} to {high}",),
     test=("whose {column} lies between {low} and {high}", "having {column} between {low} and {high}"),
 )
@@ -205,6 +226,8 @@ COUNTS = Wordings(
         "how many {table} there are",
         "the count of {table}",
         "a count of all {table}",
+        "the overall number of {table}",
+        "the amount of {table}",
     ),
     validation=("the total count of {table}",),
     test=("the total number of {table}", "the number of rows in {table}"),
@@ -267,7 +290,13 @@ DISTINCT = Wordings(
 
 SORTED: Mapping[str, Wordings] = {
     "DESC": Wordings(
-        train=("sorted by {column} in descending order", "ordered by {column} from highest to lowest"),
+        train=(
+            "sorted by {column} in descending order",
+            "ordered by {column} from highest to lowest",
+            "by {column}, highest first",
+            "in descending order of {column}",
+            "with the highest {column} first",
+        ),
         validation=("ordered by descending {column}",),
         test=("arranged by {column} in descending order", "sorted by {column} from highest to lowest"),
     ),
@@ -276,6 +305,9 @@ SORTED: Mapping[str, Wordings] = {
             "sorted by {column} in ascending order",
             "ordered by {column} from lowest to highest",
             "sorted by {column}",
+            "by {column}, lowest first",
+            "in ascending order of {column}",
+            "with the lowest {column} first",
         ),
         validation=("ordered by ascending {column}",),
         test=("arranged by {column} in ascending order", "sorted by {column} from lowest to highest"),
@@ -284,12 +316,22 @@ SORTED: Mapping[str, Wordings] = {
 
 RANKED: Mapping[str, Wordings] = {
     "DESC": Wordings(
-        train=("the {n} {table} with the highest {column}", "the top {n} {table} by {column}"),
+        train=(
+            "the {n} {table} with the highest {column}",
+            "the top {n} {table} by {column}",
+            "the {n} {table} with the most {column}",
+            "the {n} {table} highest in {column}",
+        ),
         validation=("the best {n} {table} by {column}",),
         test=("the {n} {table} having the highest {column}",),
     ),
     "ASC": Wordings(
-        train=("the {n} {table} with the lowest {column}", "the bottom {n} {table} by {column}"),
+        train=(
+            "the {n} {table} with the lowest {column}",
+            "the bottom {n} {table} by {column}",
+            "the {n} {table} with the least {column}",
+            "the {n} {table} lowest in {column}",
+        ),
         validation=("the worst {n} {table} by {column}",),
         test=("the {n} {table} having the lowest {column}",),
     ),

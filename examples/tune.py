@@ -53,12 +53,15 @@ def score(recipe: dict[str, Any], roots: Path) -> Sequence[float]:
     with tempfile.TemporaryDirectory(prefix="mergeyard-tune-") as folder:
         written, merged = Path(folder) / "recipe.yaml", Path(folder) / "merged"
         written.write_text(yaml.safe_dump(recipe))
-        subprocess.run(
+        run = subprocess.run(
             [Path(sys.executable).with_name("mergeyard"), "merge", written, merged],
             env=os.environ | {"MERGEYARD_MODEL_ROOTS": str(roots)},
-            stdout=subprocess.DEVNULL,
-            check=True,
+            capture_output=True,
+            text=True,
+            check=False,
         )
+        if run.returncode != 0:
+            raise RuntimeError(f"the merge failed:\n{run.stderr}")
         model, tokenizer = load(merged)
         return [exact_match(exact_matches(model, tokenizer, examples(task, "validation"))) for task in TASKS]
 
