@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,29 @@ def test_digests_are_remembered(root: Path) -> None:
         path.write_text("f" * 64 + "\n")  # so that it shows where a digest came from
     second = merge(plan_of(root, recipe()), root / "again", cache=root / "cache")
     assert {digest for source in second.sources for digest in source.files.values()} == {"f" * 64}
+
+
+def test_two_files_of_equal_header_size_and_mtime_have_a_digest_each(root: Path) -> None:
+    """Fine-tunes of one model out of an archive: nothing but their weights tells them apart."""
+    paths = [root / name / "adapter_model.safetensors" for name in ("sql", "json")]
+    for path in paths:
+        os.utime(path, ns=(0, 0))
+    plan = plan_of(root, recipe())
+    first, second = (file for source in plan.sources for file in source.files if file.path in paths)
+    assert replace(first, path=second.path) == second
+    manifest = merge(plan, root / "out", cache=root / "cache")
+    found = [source.files["adapter_model.safetensors"] for source in manifest.sources[1:]]
+    assert found == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+def test_a_file_rewritten_under_its_old_mtime_gets_its_new_digest(root: Path) -> None:
+    path = root / "sql" / "adapter_model.safetensors"
+    mtime = path.stat().st_mtime_ns
+    merge(plan_of(root, recipe()), root / "out", cache=root / "cache")
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    os.utime(path, ns=(mtime, mtime))
+    manifest = merge(plan_of(root, recipe()), root / "again", cache=root / "cache")
+    assert manifest.sources[1].files[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_statistics_describe_each_changed_tensor(root: Path) -> None:

@@ -18,27 +18,30 @@ _PIECE = 4 << 20
 
 
 class DigestCache:
-    """Digests by header digest, size and mtime, one small file each; several processes may share the folder.
+    """Digests of files as they were, one small file each; several processes may share the folder.
 
+    The key is the header digest, size and mtime that pin a source, and the file's own device, inode and ctime: two
+    fine-tunes of one model often share the first three (archives and image layers set every mtime to one instant).
     ``DigestCache(None)`` remembers nothing. A cache that cannot be written only costs time, so it never raises.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get(self, file: SourceFile) -> str | None:
+    def get(self, file: SourceFile, status: os.stat_result) -> str | None:
         if self._folder is None:
             return None
         try:
-            digest = self._path(self._folder, file).read_text("ascii").strip()
+            digest = self._path(self._folder, file, status).read_text("ascii").strip()
         except (OSError, UnicodeDecodeError):
             return None
         return digest if len(digest) == 64 else None
 
-    def put(self, file: SourceFile, digest: str) -> None:
+    def put(self, file: SourceFile, status: os.stat_result, digest: str) -> None:
+        """``status`` is from before the file was read: what is written to it later has another ctime."""
         if self._folder is None:
             return
-        path = self._path(self._folder, file)
+        path = self._path(self._folder, file, status)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -49,8 +52,9 @@ class DigestCache:
                 draft.unlink(missing_ok=True)
 
     @staticmethod
-    def _path(folder: Path, file: SourceFile) -> Path:
-        return folder / f"{file.header_sha256}-{file.size}-{file.mtime_ns}"
+    def _path(folder: Path, file: SourceFile, status: os.stat_result) -> Path:
+        own = f"{status.st_dev}-{status.st_ino}-{status.st_ctime_ns}"
+        return folder / f"{file.header_sha256}-{file.size}-{file.mtime_ns}-{own}"
 
 
 class SourceDigests:
@@ -94,18 +98,21 @@ class SourceDigests:
             self._error = error
 
     def _digest(self, file: SourceFile) -> str:
-        remembered = self._cache.get(file)
+        status = stat_of(file)
+        check_unmoved(file, status)
+        remembered = self._cache.get(file, status)
         if remembered is not None:
-            check_unmoved(file, stat_of(file))
             return remembered
-        digest = hash_file(file, self._stop)
+        digest, status = hash_file(file, self._stop)
         if not self._stop.is_set():
-            self._cache.put(file, digest)
+            self._cache.put(file, status, digest)
         return digest
 
 
-def hash_file(file: SourceFile, stop: Event) -> str:
-    """sha256 of the whole file. Raises ``source_changed`` unless it is the planned file before and after.
+def hash_file(file: SourceFile, stop: Event) -> tuple[str, os.stat_result]:
+    """sha256 of the whole file, and the status of what was read, from before it was.
+
+    Raises ``source_changed`` unless it is the planned file before and after.
 
     For anything but safetensors the plan knows the whole file's digest already, and it must be that one.
     """
@@ -113,10 +120,11 @@ def hash_file(file: SourceFile, stop: Event) -> str:
     digest = hashlib.sha256()
     piece = bytearray(_PIECE)
     with os.fdopen(open_unmoved(file, with_header=safetensors), "rb", buffering=0) as stream:
+        status = os.fstat(stream.fileno())
         while not stop.is_set() and (count := stream.readinto(piece)):
             digest.update(memoryview(piece)[:count])
         check_unmoved(file, os.fstat(stream.fileno()))
     check_unmoved(file, stat_of(file))
     if not stop.is_set() and not safetensors and digest.hexdigest() != file.header_sha256:
         raise moved(file)
-    return digest.hexdigest()
+    return digest.hexdigest(), status
