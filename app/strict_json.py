@@ -1,25 +1,33 @@
-"""JSON as RFC 8259 has it: no key twice, no NaN. What comes from users' files and requests is read with this."""
+"""JSON as RFC 8259 has it: no key twice, no NaN, no infinity. Users' files and requests are read with this."""
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 
 def loads(text: str | bytes) -> Any:
     """Parse JSON. Raises ValueError on syntax errors, duplicate keys, NaN and infinities, and too deep nesting."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"the key {key[:80]!r} is given twice")
+        value[key] = item
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is beyond any float")
     return value
 
 

@@ -27,9 +27,17 @@ def canonical_recipe(
     shared = {
         name: recipe.parameters.get(name, parameter.default)
         for name, parameter in spec.parameters.items()
-        if name != "int8_mask"
+        if not parameter.ignored
     }
-    models = [{**references, "parameters": dict(entry.parameters)} for references, entry in sources]
+    models = [
+        {
+            **references,
+            "parameters": {
+                name: value for name, value in entry.parameters.items() if not spec.parameters[name].ignored
+            },
+        }
+        for references, entry in sources
+    ]
     resolved: dict[str, Any] = {
         "base_model": base_reference,
         "merge_method": recipe.merge_method,
@@ -56,7 +64,7 @@ def plan_digest(
         [
             source.reference,
             source.role,
-            [[file.header_sha256, file.size, file.mtime_ns] for file in source.files],
+            [[file.header_sha256, file.size, _moment(source, file)] for file in source.files],
         ]
         for source in sources
     ]
@@ -70,3 +78,9 @@ def plan_digest(
     }
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _moment(source: PlannedSource, file: SourceFile) -> int:
+    """What tells a file from a later one of equal header and size. Uploads and merges never change."""
+    immutable = source.reference.startswith(("upload:", "merge:")) and "+" not in source.reference
+    return 0 if immutable else file.mtime_ns

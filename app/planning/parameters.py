@@ -16,7 +16,7 @@ def source_parameters(recipe: Recipe, entry: SourceEntry, position: Position) ->
     return {
         name: float(_setting(name, (entry.parameters, recipe.parameters), parameter.default, position))
         for name, parameter in METHODS[recipe.merge_method].parameters.items()
-        if parameter.per_source
+        if parameter.per_source and not parameter.ignored
     }
 
 
@@ -24,7 +24,7 @@ def tensor_parameters(recipe: Recipe, position: Position) -> Mapping[str, Scalar
     """What the method uses at one tensor, with the dialect resolved into single choices (see TensorPlan)."""
     values: dict[str, Scalar] = {}
     for name, parameter in METHODS[recipe.merge_method].parameters.items():
-        if not parameter.per_source and name not in ("int8_mask", "dialect"):
+        if not (parameter.per_source or parameter.ignored or name == "dialect"):
             setting = _setting(name, (recipe.parameters,), parameter.default, position)
             if setting is not None:
                 values[name] = setting

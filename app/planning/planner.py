@@ -89,7 +89,7 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
         companions=companions,
         metadata={"format": "pt"},
         estimates=_estimates(tensors),
-        warnings=warnings_of(recipe, tensors, base, [source.adapter for source in sources]),
+        warnings=warnings_of(recipe, tensors, base, [(source.where, source.adapter) for source in sources]),
         digest=plan_digest(resolved_recipe, [base_planned, *planned], companions, documents),
     )
 

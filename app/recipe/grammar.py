@@ -8,13 +8,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
+SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
+MAX_SOURCES = 256
 DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours → safetensors'
 OutDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("parameters", mode="before", check_fields=False)
+    @classmethod
+    def _left_empty(cls, value: Any) -> Any:
+        return {} if value is None else value  # `parameters:` with nothing below it, as mergekit takes it
 
 
 class SourceEntry(_Strict):
@@ -44,13 +50,18 @@ class Recipe(_Strict):
 
     base_model: str | None = Field(None, description="The model the sources were fine-tuned from")
     merge_method: str = Field(description="linear, task_arithmetic or ties")
-    models: tuple[SourceEntry, ...] = Field((), description="What to merge, in order")
+    models: tuple[SourceEntry, ...] = Field((), max_length=MAX_SOURCES, description="What to merge, in order")
     parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of the whole merge")
     dtype: OutDtype | None = Field(None, description="mergekit's name for out_dtype; arithmetic is float32 always")
     out_dtype: OutDtype | None = Field(None, description="Type of the files; default: each tensor's own")
     output: Output = Output()
     tokenizer_source: Literal["base"] | None = Field(None, description="The tokenizer is the base model's")
     name: str | None = Field(None, description="A name for people")
+
+    @field_validator("dtype", "out_dtype", mode="before")
+    @classmethod
+    def _plain_dtype(cls, value: Any) -> Any:
+        return value.removeprefix("torch.") if isinstance(value, str) else value
 
     @property
     def file_dtype(self) -> str | None:
@@ -65,7 +76,7 @@ def shard_bytes(size: int | str) -> int:
         return size
     match = SIZE.match(size)
     if not match:
-        raise ValueError(f"{size!r} is not a size; write bytes, or a number with KB, MB or GB")
+        raise ValueError(f"{size[:40]!r} is not a size; write bytes, or a number with KB, MB or GB")
     number, unit, binary = match.groups()
     step = 1024 if binary else 1000
     return int(float(number) * step ** " KMGT".index(unit.upper() or " "))

@@ -20,7 +20,7 @@ class Parameter:
 
     ``per_source`` parameters may also be given for all sources at once, in the recipe's own ``parameters``. A
     ``choice`` is one value for the whole merge; numbers and flags may vary by tensor. ``default`` None: the dialect
-    decides.
+    decides. ``ignored``: mergekit's grammar has it here, and it changes nothing.
     """
 
     kind: Kind
@@ -29,6 +29,7 @@ class Parameter:
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    ignored: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ class MethodSpec:
 WEIGHT = Parameter(kind="number", default=1.0, per_source=True)
 DENSITY = Parameter(kind="number", default=1.0, per_source=True, low=0.0, high=1.0)
 LAMBDA = Parameter(kind="number", default=1.0)
-INT8_MASK = Parameter(kind="flag", default=False)  # mergekit's memory saving: accepted, changes nothing
+INT8_MASK = Parameter(kind="flag", default=False, ignored=True)  # mergekit's way to save memory
 
 METHODS: Mapping[str, MethodSpec] = {
     "linear": MethodSpec(
@@ -68,6 +69,8 @@ METHODS: Mapping[str, MethodSpec] = {
             "weight": WEIGHT,
             "lambda": LAMBDA,
             "normalize": Parameter(kind="flag", default=False),
+            "density": Parameter(kind="number", default=1.0, per_source=True, low=0.0, high=1.0, ignored=True),
+            "rescale": Parameter(kind="flag", default=False, ignored=True),
             "int8_mask": INT8_MASK,
         },
         needs_base=True,

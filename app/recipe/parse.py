@@ -17,14 +17,17 @@ from app.recipe.grammar import Output, Recipe, SourceEntry
 from app.recipe.methods import METHODS, MethodSpec
 from app.recipe.values import check_value
 
-MAX_NODES = 100_000  # far above any real recipe; YAML aliases can unfold to billions
+MAX_TEXT = 256_000  # characters; far above any real recipe, as are the next three
+MAX_NODES = 100_000  # YAML aliases can unfold to billions
 MAX_DEPTH = 32
+MAX_STRING = 2_000
+MAX_BITS = 256
+MAX_PROBLEMS = 100  # more would not be read
 
 # Grammar that is mergekit's and valid, but that this version does not carry out: refused by name, never ignored.
 LATER_KEYS = {
     "slices": "list whole models under `models`",
     "modules": "list whole models under `models`",
-    "tokenizer": "leave it out: the result takes the base model's tokenizer",
     "chat_template": "leave it out: the result takes the base model's chat template",
     "evaluation": "leave it out and score the result yourself",
     "pad_to_multiple_of": "leave it out: the vocabulary stays the base model's",
@@ -72,7 +75,10 @@ def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
         for key, instead in LATER_KEYS.items()
         if raw.get(key) is not None
     ]
-    known = {str(key): value for key, value in raw.items() if key not in LATER_KEYS}
+    if raw.get("tokenizer") not in (None, {"source": "base"}):
+        message = "Only the base model's tokenizer is supported yet; leave it out or write `{source: base}`."
+        problems.append(Problem(code="not_supported", message=message, where="tokenizer"))
+    known = {str(key): value for key, value in raw.items() if key not in LATER_KEYS and key != "tokenizer"}
     if known.get("tokenizer_source") not in (None, "base"):
         message = "Only `tokenizer_source: base` is supported yet; leave it out or write base."
         problems.append(Problem(code="not_supported", message=message, where="tokenizer_source"))
@@ -80,15 +86,29 @@ def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(known)
     except ValidationError as error:
-        raise MergeyardError.of(problems + _structural(error)) from None
+        raise MergeyardError.of((problems + _structural(error))[:MAX_PROBLEMS]) from None
     recipe, more = _check(recipe)
     if problems or more:
-        raise MergeyardError.of(problems + more)
+        raise MergeyardError.of((problems + more)[:MAX_PROBLEMS])
     return recipe
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """Safe YAML that refuses duplicate keys and reads 1e-3 as the number it is (YAML 1.2)."""
+
+    _merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys (``<<``) copy what they name while the text is read, so they are bounded here."""
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" and isinstance(value, yaml.SequenceNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "`<<` takes one mapping, not a list of them", value.start_mark
+                )
+        super().flatten_mapping(node)
+        self._merged += len(node.value)
+        if self._merged > MAX_NODES:
+            raise yaml.constructor.ConstructorError(None, None, "its merge keys unfold to too much", node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -115,6 +135,8 @@ def _load(text: str | bytes) -> Any:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
     except UnicodeDecodeError:
         raise MergeyardError("recipe_syntax", "The recipe is not UTF-8 text") from None
+    if len(text) > MAX_TEXT:
+        raise MergeyardError("recipe_syntax", f"The recipe is longer than {MAX_TEXT:,} characters")
     try:
         if text.lstrip().startswith("{"):
             try:
@@ -146,8 +168,12 @@ def _bound(raw: Any) -> None:
             raise MergeyardError(
                 "recipe_syntax", "The recipe is too large or too deeply nested; check its anchors and aliases"
             )
+        if isinstance(value, str) and len(value) > MAX_STRING:
+            raise MergeyardError("recipe_syntax", f"A text in the recipe is longer than {MAX_STRING:,} characters")
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise MergeyardError("recipe_syntax", "A number in the recipe has too many digits")
         if isinstance(value, Mapping):
-            stack.extend((item, depth + 1) for item in value.values())
+            stack.extend((item, depth + 1) for pair in value.items() for item in pair)
         elif isinstance(value, list):
             stack.extend((item, depth + 1) for item in value)
 

@@ -43,7 +43,7 @@ def check_value(raw: Any, parameter: Parameter, where: str, name: str) -> Any:
     """The value in canonical form (numbers as float), or a `parameter_invalid` that says what is allowed."""
     if parameter.kind == "choice":
         if raw not in parameter.choices:
-            raise _invalid(where, f"{name} is one of {', '.join(parameter.choices)}; got {raw!r}")
+            raise _invalid(where, f"{name} is one of {', '.join(parameter.choices)}; got {shown(raw)}")
         return raw
     if isinstance(raw, Sequence) and not isinstance(raw, str):
         if not raw:
@@ -88,16 +88,21 @@ def _check_filter(item: Any, parameter: Parameter, where: str, name: str) -> dic
 
 def _check_scalar(raw: Any, parameter: Parameter, where: str, name: str) -> Setting:
     if parameter.kind == "flag":
-        if not isinstance(raw, bool):
-            raise _invalid(where, f"{name} is true or false; got {raw!r}")
-        return raw
+        if raw not in (True, False):  # 1.0 and 0 too: mergekit reads flags as numbers
+            raise _invalid(where, f"{name} is true or false; got {shown(raw)}")
+        return bool(raw)
     if isinstance(raw, bool) or not isinstance(raw, int | float):
-        raise _invalid(where, f"{name} is a number; got {raw!r}")
+        raise _invalid(where, f"{name} is a number; got {shown(raw)}")
     if abs(raw) > 1e30 or not math.isfinite(number := float(raw)):
         raise _invalid(where, f"{name} must be a finite number")
     if not parameter.low <= number <= parameter.high:
-        raise _invalid(where, f"{name} must lie between {parameter.low:g} and {parameter.high:g}; got {raw!r}")
+        raise _invalid(where, f"{name} must lie between {parameter.low:g} and {parameter.high:g}; got {shown(raw)}")
     return number
+
+
+def shown(raw: Any) -> str:
+    """A user's value for a message, bounded."""
+    return repr(raw)[:80]
 
 
 def _interpolate(points: Sequence[float], t: float) -> float:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from app.errors import MergeyardError
 from app.sources.models import PICKLES, pin, read_json
@@ -73,8 +76,11 @@ REFUSED_FIELDS: Mapping[str, str] = {
 # Initialisations that leave the base as it was, so that ΔW is s·B·A.
 PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 PREFIXES = ("base_model.model.", "_fsdp_wrapped_module.", "_orig_mod.", "module.")
-PLAIN_PATTERN = re.compile(r"[\w.\\^$|*+?()\[\]-]{1,200}")
-NESTED_REPETITION = re.compile(r"[*+?)\]][*+?]|\)\{|\*.*\*.*\*|\+.*\+.*\+")
+BASE_LAYERS = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
+MAX_PATTERNS = 1_000
+MAX_PATTERN_LENGTH = 200
+PATTERN_SECONDS = 1.0  # for all names together: PEFT's patterns are regular expressions, and some never end
+MAX_VALUE = 1e9  # of a rank or an alpha
 LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight$")
 
 
@@ -111,18 +117,19 @@ def load_adapter(files: Mapping[str, Path], reference: str) -> AdapterSource:
             if match["factor"] in pair:
                 raise _invalid(reference, f"{match['module']} has two {match['factor']} factors")
             pair[match["factor"]] = tensor
-        elif name.endswith("embed_tokens.base_layer.weight"):
-            continue  # PEFT saves the untouched base layer of a wrapped embedding
+        elif name.endswith(BASE_LAYERS):
+            continue  # PEFT saves the untouched base layer of a wrapped embedding or head
         else:
             _refuse_other_key(name, reference)
             saved[name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")] = tensor
     _check_saved(saved, config, reference)
     if not factors and not saved:
         raise _invalid(reference, "it holds no factors and no saved modules, so it changes nothing")
+    patterns = Patterns(config, reference)
     return AdapterSource(
         reference=reference,
         config=config,
-        modules=tuple(_module(name, pair, config, reference) for name, pair in sorted(factors.items())),
+        modules=tuple(_module(name, pair, config, patterns, reference) for name, pair in sorted(factors.items())),
         saved=saved,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         files=(header.file, pin(files[CONFIG], CONFIG)),
@@ -190,7 +197,9 @@ def _check_saved(saved: Mapping[str, TensorSpec], config: Mapping[str, Any], ref
             raise _invalid(reference, f"the key {name} is neither a factor nor listed in modules_to_save")
 
 
-def _module(name: str, pair: Mapping[str, TensorSpec], config: Mapping[str, Any], reference: str) -> LoraModule:
+def _module(
+    name: str, pair: Mapping[str, TensorSpec], config: Mapping[str, Any], patterns: Patterns, reference: str
+) -> LoraModule:
     if set(pair) != {"A", "B"}:
         missing = "B" if "A" in pair else "A"
         raise _invalid(reference, f"{name} has no lora_{missing}; the adapter is incomplete")
@@ -200,34 +209,55 @@ def _module(name: str, pair: Mapping[str, TensorSpec], config: Mapping[str, Any]
     if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != B.shape[1]:
         message = f"the factors of {name} do not fit each other: A {list(A.shape)}, B {list(B.shape)}"
         raise _invalid(reference, message)
-    rank = _pattern(config, "rank_pattern", name, config.get("r", 8), reference)
-    alpha = _pattern(config, "alpha_pattern", name, config.get("lora_alpha", 8), reference)
+    rank = patterns.value("rank_pattern", name, config.get("r", 8))
+    alpha = patterns.value("alpha_pattern", name, config.get("lora_alpha", 8))
     if rank != A.shape[0]:
         raise _invalid(reference, f"{name} has rank {A.shape[0]}, and its config says {rank:g}")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LoraModule(module=name, A=A, B=B, scale=scale)
 
 
-def _pattern(config: Mapping[str, Any], field: str, module: str, default: Any, reference: str) -> float:
-    """The first pattern whose key ends the module's name as PEFT matches it, else the default."""
-    patterns = config.get(field) or {}
-    if not isinstance(patterns, dict) or len(patterns) > 10_000:
-        raise _invalid(reference, f"{field} is not a map of module names")
-    value = default
-    for key, candidate in patterns.items():
-        # Keys are regular expressions in PEFT. A hostile one could run for ever, so nested repetition is refused.
-        if not PLAIN_PATTERN.fullmatch(key) or NESTED_REPETITION.search(key):
-            raise _invalid(reference, f"the {field} key {key[:60]!r} is not a module name or a simple pattern")
+class Patterns:
+    """``rank_pattern`` and ``alpha_pattern``, compiled once: the first key wins that ends a name as PEFT matches it."""
+
+    def __init__(self, config: Mapping[str, Any], reference: str) -> None:
+        self._reference = reference
+        self._seconds = PATTERN_SECONDS
+        self._found = {
+            field: self._compile(field, config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")
+        }
+
+    def value(self, field: str, module: str, default: Any) -> float:
+        """Raises MergeyardError `adapter_invalid` where the value is not a positive number."""
+        value = next((value for pattern, value in self._found[field] if self._matches(pattern, module)), default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_VALUE:
+            what = field.removesuffix("_pattern")
+            raise _invalid(self._reference, f"{what} of {module} is not a positive number")
+        return float(value)
+
+    def _compile(self, field: str, patterns: Any) -> list[tuple[regex.Pattern[str], Any]]:
+        if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
+            raise _invalid(self._reference, f"{field} is not a map of at most {MAX_PATTERNS} module names")
+        compiled = []
+        for key, value in patterns.items():
+            try:
+                if len(key) > MAX_PATTERN_LENGTH:
+                    raise regex.error("too long")
+                compiled.append((regex.compile(rf"(.*\.)?({key})$"), value))
+            except regex.error:
+                raise _invalid(
+                    self._reference, f"the {field} key {key[:60]!r} is not a pattern of module names"
+                ) from None
+        return compiled
+
+    def _matches(self, pattern: regex.Pattern[str], module: str) -> bool:
+        started = time.monotonic()
         try:
-            matched = re.match(rf"(.*\.)?({key})$", module) is not None
-        except re.error:
-            raise _invalid(reference, f"the {field} key {key[:60]!r} is not a valid pattern") from None
-        if matched:
-            value = candidate
-            break
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise _invalid(reference, f"{field.removesuffix('_pattern')} of {module} is not a positive number")
-    return float(value)
+            return pattern.match(module, timeout=max(self._seconds, 0.001)) is not None
+        except TimeoutError:
+            raise _invalid(self._reference, f"the pattern {pattern.pattern[:60]!r} takes too long to match") from None
+        finally:
+            self._seconds -= time.monotonic() - started
 
 
 def _unsupported(reference: str, what: str) -> MergeyardError:

@@ -65,6 +65,13 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _entry(folder: Path, reference: str) -> CatalogueEntry | None:
+    try:
+        return _read_entry(folder, reference)
+    except OSError:
+        return None  # not ours to read
+
+
+def _read_entry(folder: Path, reference: str) -> CatalogueEntry | None:
     weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
     kind, config_name = "model", "config.json"
     if (folder / ADAPTER_CONFIG).is_file():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from app import strict_json
 from app.errors import MergeyardError
-from app.sources.safetensors import read_header
+from app.sources.safetensors import FLOATS, read_header
 from app.sources.source import ModelSource, SourceFile, TensorSpec
 
 MAX_JSON_BYTES = 50_000_000  # the largest tokenizer.json seen is about 35 MB
@@ -29,7 +29,7 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
 
     Raises:
         MergeyardError: `source_not_found` (no weights, no config, a missing shard), `pickle_refused`,
-            `source_format`, `adapter_unsupported` never; an adapter folder is `reference_invalid`.
+            `source_format`, `not_supported` (quantised or packed weights); an adapter folder is `reference_invalid`.
     """
     if "adapter_config.json" in files and "config.json" not in files:
         raise MergeyardError(
@@ -43,7 +43,8 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
         raise MergeyardError("not_supported", message)
     tensors: dict[str, TensorSpec] = {}
     shards = []
-    for name in _shards(files, reference):
+    names, indexed = _shards(files, reference)
+    for name in names:
         header = read_header(files[name], name)
         shards.append(header.file)
         for tensor in header.tensors.values():
@@ -52,6 +53,10 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
             tensors[tensor.name] = tensor
     if not tensors:
         raise MergeyardError("source_format", f"{reference} holds no tensors")
+    lost = [name for name in indexed if name not in tensors]
+    if lost:
+        raise MergeyardError("source_format", f"{INDEX} of {reference} names {lost[0][:80]}, which is in no shard")
+    _refuse_packed(tensors.values(), reference)
     return ModelSource(
         reference=reference,
         tensors=tensors,
@@ -87,8 +92,17 @@ def read_json(path: Path, reference: str) -> dict[str, Any]:
     return value
 
 
-def _shards(files: Mapping[str, Path], reference: str) -> list[str]:
-    """The weight files' names, in the index's order (or the single file)."""
+def _refuse_packed(tensors: Iterable[TensorSpec], reference: str) -> None:
+    """Whole numbers are copied, as buffers should be; weights stored so (or in 8 bits) would be lost in silence."""
+    for tensor in tensors:
+        packed = tensor.dtype not in FLOATS and len(tensor.shape) > 1 and tensor.name.endswith("weight")
+        if packed or tensor.dtype.startswith("F8"):
+            message = f"{reference} stores {tensor.name} as {tensor.dtype}; merge into weights of 16 bits or more"
+            raise MergeyardError("not_supported", message)
+
+
+def _shards(files: Mapping[str, Path], reference: str) -> tuple[list[str], Iterable[str]]:
+    """The weight files' names, in the index's order (or the single file), and the tensors the index names."""
     if INDEX in files:
         weight_map = read_json(files[INDEX], reference).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -97,9 +111,9 @@ def _shards(files: Mapping[str, Path], reference: str) -> list[str]:
         missing = [name for name in names if name not in files]
         if missing:
             raise MergeyardError("source_not_found", f"{reference} lacks its shard {missing[0]}")
-        return names
+        return names, weight_map
     if "model.safetensors" in files:
-        return ["model.safetensors"]
+        return ["model.safetensors"], ()
     pickles = [name for name in files if name.endswith(PICKLES)]
     if pickles:
         message = (

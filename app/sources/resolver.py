@@ -70,7 +70,10 @@ class Resolver:
                 return self._below_roots(reference.name, text)
             case "bare":
                 if self.local is not None and os.path.isdir(folder := self.local / reference.name):  # noqa: PTH112
-                    return reference, list_files(folder)
+                    # relative to the recipe where it can be, so that two spellings of one folder are equal
+                    real, here = folder.resolve(), self.local.resolve()
+                    name = real.relative_to(here).as_posix() if real.is_relative_to(here) else real.as_posix()
+                    return Reference("bare", name), list_files(folder)
                 return self._below_roots(reference.name, text)
 
     def _below_roots(self, path: str, text: str) -> tuple[Reference, Mapping[str, Path]]:
@@ -103,8 +106,12 @@ def list_files(folder: Path, within: Path | None = None) -> dict[str, Path]:
 
     ``within`` refuses links that lead outside it (`path_outside_roots`).
     """
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise MergeyardError("source_not_found", f"{folder.name} cannot be read: {error.strerror}") from None
     files = {}
-    for entry in sorted(folder.iterdir()):
+    for entry in entries:
         try:
             real = entry.resolve()
         except (OSError, RuntimeError):

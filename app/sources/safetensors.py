@@ -18,6 +18,7 @@ from app.sources.source import SourceFile, TensorSpec
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8
+MAX_NAME = 512
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -80,10 +81,12 @@ def read_header(path: Path, name: str = "") -> Header:
 
 
 def _tensor(file: SourceFile, name: str, entry: Any, *, data_start: int) -> TensorSpec:
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise _bad(file.name, f"a tensor is called {name[:40]!r}, which is no printable name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(file.name, f"the entry of {name!r} is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise _bad(file.name, f"{name!r} has the dtype {str(dtype)[:20]!r}, which is not accepted")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_size(item) for item in shape):
         raise _bad(file.name, f"the shape of {name!r} is not a list of at most {MAX_DIMENSIONS} sizes")

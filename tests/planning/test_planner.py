@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,71 @@ def test_half_of_a_tie_is_refused(root: Path) -> None:
     assert problems_of(root) == [("adapter_unsupported", "models[0].adapter")]
     write_adapter(root / "sql", tensors, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     assert tensor(plan_of(root), "model.embed_tokens.weight").contributions[0].full
+
+
+LM_HEAD = {
+    "base_model.model.lm_head.lora_A.weight": torch.zeros(2, 8),
+    "base_model.model.lm_head.lora_B.weight": torch.zeros(16, 2),
+}
+
+
+def test_a_head_stored_beside_its_embedding_is_still_tied(root: Path) -> None:
+    write_model(root / "base", {**llama_tensors(), "lm_head.weight": torch.zeros(16, 8)}, tie_word_embeddings=True)
+    write_adapter(root / "sql", LM_HEAD)
+    assert problems_of(root) == [("adapter_unsupported", "models[0].adapter")]
+
+
+def test_an_untied_head_takes_an_adapter(root: Path) -> None:
+    write_model(root / "base", {**llama_tensors(), "lm_head.weight": torch.zeros(16, 8)}, tie_word_embeddings=False)
+    write_adapter(root / "sql", LM_HEAD)
+    assert tensor(plan_of(root, models=[{"adapter": "sql"}]), "lm_head.weight").contributions[0].lora
+
+
+def test_a_tie_that_was_trained_as_one_is_merged_as_one(root: Path) -> None:
+    embedding = torch.ones(16, 8)
+    tensors = {
+        "base_model.model.model.embed_tokens.weight": embedding,
+        "base_model.model.lm_head.weight": embedding.clone(),
+    }
+    write_adapter(root / "sql", tensors, modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    plan = plan_of(root, models=[{"adapter": "sql"}])
+    assert [item.name for item in plan.tensors if item.contributions] == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_one_prefix_between_checkpoint_and_adapter_is_bridged(root: Path, prefix: str) -> None:
+    other = "" if prefix else "transformer."
+    write_model(root / "gpt", {f"{prefix}h.0.attn.c_proj.weight": torch.zeros(8, 8)}, model_type="gpt2")
+    key = f"base_model.model.{other}h.0.attn.c_proj"
+    write_adapter(root / "lora", {f"{key}.lora_A.weight": torch.zeros(2, 8), f"{key}.lora_B.weight": torch.zeros(8, 2)})
+    plan = plan_of(root, base_model="gpt", models=[{"adapter": "lora"}])
+    assert plan.estimates.tensors_touched == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_packed_weights_are_refused(root: Path, dtype: torch.dtype) -> None:
+    write_model(root / "tuned", {**llama_tensors(), Q: torch.zeros(8, 8).to(dtype)})
+    assert problems_of(root, models=[{"model": "tuned"}]) == [("not_supported", "models[0].model")]
+
+
+def test_an_index_that_names_a_lost_tensor_is_refused(root: Path) -> None:
+    weight_map = dict.fromkeys([*llama_tensors(), "lost.weight"], "model.safetensors")
+    (root / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert problems_of(root) == [("source_format", "base_model")]
+
+
+def test_a_warning_stands_at_its_own_place(root: Path) -> None:
+    write_model(root / "base", _name_or_path="org/one")
+    write_adapter(root / "sql", base_model_name_or_path="org/two")
+    warnings = plan_of(root, models=[{"model": "base"}, {"adapter": "json"}, {"adapter": "sql"}]).warnings
+    assert [warning.where for warning in warnings] == ["models[2]"]
+
+
+def test_what_changes_nothing_is_said_to(root: Path) -> None:
+    models = [{"adapter": "sql", "parameters": {"density": 0.5}}]
+    plan = plan_of(root, merge_method="task_arithmetic", models=models)
+    assert [warning.where for warning in plan.warnings] == ["parameters.density"]
+    assert plan.digest == plan_of(root, merge_method="task_arithmetic", models=[{"adapter": "sql"}]).digest
 
 
 def test_a_pickled_base_is_refused(root: Path) -> None:

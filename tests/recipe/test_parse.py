@@ -130,6 +130,13 @@ def test_a_misspelt_key_names_the_nearest_known_one(wrong: dict[str, Any], neare
         ("merge_method: linear\nmodels: [{model: a}]\noutput: {max_shard_size: 0}", "recipe_invalid"),
         ("merge_method: linear\nmodels: [{model: a}]\noutput: {kind: adapter}", "not_supported"),
         ("merge_method: linear\nmodels: [{model: a}]\ntokenizer_source: union", "not_supported"),
+        ("merge_method: linear\nmodels: [{model: a}]\ntokenizer: {source: union}", "not_supported"),
+        (f"merge_method: linear\nmodels: [{{model: a}}]\noutput: {{max_shard_size: '{'9' * 400}'}}", "recipe_invalid"),
+        (f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: 0x{'f' * 5000}}}}}]", "recipe_syntax"),
+        (f"merge_method: linear\nmodels: [{{model: {'a' * 3000}}}]", "recipe_syntax"),
+        ("#" * 300_000, "recipe_syntax"),
+        ("merge_method: linear\nmodels:\n" + "- model: a\n" * 300, "recipe_invalid"),
+        ('{"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1e999}}]}', "recipe_syntax"),
     ],
 )
 def test_a_wrong_recipe_has_a_stable_code(source: str | bytes, code: str) -> None:
@@ -140,3 +147,37 @@ def test_aliases_that_unfold_without_end_are_refused_quickly() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     assert problems_of("\n".join(lines)) == [("recipe_syntax", "")]
+
+
+@pytest.mark.timeout(10)
+def test_merge_keys_that_unfold_without_end_are_refused_quickly() -> None:
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12)]
+    assert problems_of("\n".join(lines))[0][0] == "recipe_syntax"
+    chain = ["a0: &a0 {k0: 1}"] + [f"a{i}: &a{i} {{<<: *a{i - 1}, k{i}: 1}}" for i in range(1, 3000)]
+    assert problems_of("\n".join(chain))[0][0] == "recipe_syntax"
+
+
+def test_one_mapping_may_be_merged_in() -> None:
+    text = "merge_method: linear\nmodels:\n- &a {model: x, parameters: {weight: 2}}\n- {<<: *a, model: y}"
+    assert [entry.parameters for entry in parse_recipe(text).models] == [{"weight": 2.0}] * 2
+
+
+@pytest.mark.timeout(10)
+def test_a_key_given_twice_among_many_is_found_quickly() -> None:
+    text = "{" + ", ".join(f'"k{i}": 1' for i in range(20_000)) + ', "k0": 1}'
+    assert problems_of(text) == [("recipe_syntax", "")]
+
+
+def test_what_mergekit_takes_is_taken() -> None:
+    text = """
+    merge_method: task_arithmetic
+    base_model: b
+    models: [{model: a, parameters: {weight: 1, density: 0.5}}, {model: c, parameters: }]
+    parameters: {normalize: 1.0, int8_mask: 1, rescale: false}
+    tokenizer: {source: base}
+    dtype: torch.bfloat16
+    """
+    recipe = parse_recipe(text)
+    assert recipe.parameters["normalize"] is True
+    assert recipe.file_dtype == "BF16"

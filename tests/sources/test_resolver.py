@@ -105,6 +105,13 @@ def test_local_commands_take_plain_paths(root: Path) -> None:
     assert Resolver(local=Path("elsewhere")).model(str(root / "org" / "base")).tensors
 
 
+def test_two_spellings_of_a_local_path_are_one_reference(root: Path) -> None:
+    resolver = Resolver(local=root)
+    assert {
+        resolver.canonical(text) for text in ("org/base", "./org/base", "org/../org/base/", str(root / "org/base"))
+    } == {"org/base"}
+
+
 def test_the_catalogue_lists_models_and_adapters_but_nothing_outside(root: Path, tmp_path: Path) -> None:
     (root / "out").symlink_to(tmp_path / "secret")
     found = [(entry.reference, entry.kind) for entry in catalogue([root], None)]
