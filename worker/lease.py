@@ -19,6 +19,7 @@ log = logging.getLogger("mergeyard.lease")
 
 Written = TypeVar("Written")
 
+BEAT_SECONDS = 3.0  # a beat is also how a cancel is heard, which must not wait for a quarter of a long lease
 PROGRESS_SECONDS = 0.5  # the row's progress moves at most this often
 HANG_SECONDS = 15.0  # how long a merge that was told to stop may take to reach its next check
 
@@ -106,9 +107,9 @@ class Lease:
     # ── the thread ───────────────────────────────────────────────────────────────────────────────
 
     def _run(self) -> None:
-        pause = min(PROGRESS_SECONDS, self._seconds / 4)
-        while not self._done.wait(pause):
-            due = time.monotonic() - self._last_beat >= self._seconds / 4
+        every = min(BEAT_SECONDS, self._seconds / 4)
+        while not self._done.wait(min(PROGRESS_SECONDS, every)):
+            due = time.monotonic() - self._last_beat >= every
             if not self._lost and (due or self._progress != self._written):
                 self._beat()
             self._watch_for_hanging()
@@ -138,7 +139,9 @@ class Lease:
         elif time.monotonic() - self._told_at > HANG_SECONDS:
             self._log.error("the merge does not stop; ending its process")
             try:
-                if self._stop.made and not self._lost:
+                if self._cancel and not self._lost:
+                    self._jobs.confirm_cancelled(self.job_id, self.token)
+                elif self._stop.made and not self._lost:
                     self._jobs.hand_back(self.job_id, self.token)
             finally:
                 self._abandon(1)

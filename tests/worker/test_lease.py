@@ -74,10 +74,16 @@ def test_progress_is_written_at_most_twice_a_second(jobs: Counting) -> None:
     assert (job.progress_bytes, job.total_bytes) == (199, 200)
 
 
-def test_without_progress_it_beats_every_quarter_of_the_lease_only(jobs: Counting) -> None:
+def test_without_progress_it_beats_no_more_than_it_must(jobs: Counting) -> None:
     with lease_of(jobs, 60):
         time.sleep(1.2)
     assert jobs.beats == []
+
+
+def test_a_cancel_is_heard_within_seconds_under_a_long_lease(jobs: Counting) -> None:
+    with lease_of(jobs, 3600) as lease:
+        jobs.request_cancel(lease.job_id)
+        until_raised(lease, CancelRequested)
 
 
 def test_a_cancel_request_reaches_the_engine(jobs: Counting) -> None:
@@ -134,3 +140,14 @@ def test_a_merge_that_does_not_stop_is_handed_back_and_its_process_ended(
     with Lease(jobs, claimed(jobs), seconds=1, stop=stop, abandon=lambda _: ended.set()) as lease:
         assert ended.wait(5)
     assert jobs.get(lease.job_id).status is Status.QUEUED
+
+
+def test_a_cancelled_merge_that_does_not_stop_is_cancelled_and_its_process_ended(
+    jobs: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.lease, "HANG_SECONDS", 0.2)
+    ended = threading.Event()
+    with lease_of(jobs, 1, abandon=lambda _: ended.set()) as lease:
+        jobs.request_cancel(lease.job_id)
+        assert ended.wait(5)
+    assert jobs.get(lease.job_id).status is Status.CANCELLED
