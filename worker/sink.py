@@ -29,13 +29,13 @@ class StoreSink:
         self._statistics: dict[str, Mapping[str, TensorStatistics]] = {}
         self._log = logging.LoggerAdapter(log, {"merge": job.id})
 
-    def adopt(self, filename: str) -> StoredFile | None:
+    def adopt(self, filename: str, check: Callable[[], None]) -> StoredFile | None:
         """The recorded file, if its bytes are still those that were recorded: they are all read again."""
         shard = self._recorded.get(filename)
         if shard is None:
             return None
         try:
-            holds = self._store.sha256(shard.file.key) == shard.file.sha256
+            holds = self._store.sha256(shard.file.key, check) == shard.file.sha256
         except OSError:
             holds = False
         if not holds:

@@ -12,13 +12,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
 _PART = re.compile(r"[\w.+@ -]+")  # one part of a key; "." and ".." are refused beside it
 _TRASH = ".trash"
+_PIECE = 4 << 20
 
 
 class StoreWriter(Protocol):
@@ -35,7 +36,7 @@ class ArtifactStore(Protocol):
     def create(self, key: str, size: int = 0) -> StoreWriter: ...
     def open(self, key: str, offset: int = 0) -> BinaryIO: ...
     def size(self, key: str) -> int: ...
-    def sha256(self, key: str) -> str: ...
+    def sha256(self, key: str, check: Callable[[], None]) -> str: ...
     def keys(self, prefix: str) -> Iterator[str]: ...
     def delete(self, key: str) -> None: ...
     def delete_prefix(self, prefix: str, *, keep: Collection[str] = ()) -> None: ...
@@ -71,10 +72,14 @@ class LocalStore:
         """In bytes."""
         return self.path(key).stat().st_size
 
-    def sha256(self, key: str) -> str:
-        """The hex digest of the bytes as they are now."""
-        with self.path(key).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def sha256(self, key: str, check: Callable[[], None]) -> str:
+        """The hex digest of the bytes as they are now. ``check`` is called after every piece, and may raise."""
+        digest, piece = hashlib.sha256(), bytearray(_PIECE)
+        with self.path(key).open("rb", buffering=0) as file:
+            while count := file.readinto(piece):
+                digest.update(memoryview(piece)[:count])
+                check()
+        return digest.hexdigest()
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Every key below the folder ``prefix``, in order."""

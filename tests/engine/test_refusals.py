@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ import torch
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
+from app.sources.source import SourceFile
 from tests.engine.merges import Watch, merge, plan_of
 from tests.files import llama_tensors, lora_tensors, write_adapter, write_model
-from worker.engine import blocks, sinks
+from worker.engine import blocks, digests, sinks
+from worker.engine.digests import hash_file
 from worker.engine.kernels import load
 from worker.engine.run import merge_to_folder
 
@@ -96,6 +99,21 @@ def test_a_copied_value_beyond_its_new_dtype_is_refused(root: Path) -> None:
     error = refusal(lambda: merge(plan_of(root, wanted), root / "out"))
     assert error.code == "result_not_finite"
     assert "model.norm.weight" in error.message
+
+
+def test_a_merge_stops_while_its_sources_are_still_hashed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(Watch):
+        def check(self) -> None:
+            if self.steps and self.steps[-1][0] == self.steps[-1][1]:
+                raise MergeyardError("cancelled", "Stopped.")
+
+    def slowly(file: SourceFile, stop: Event) -> Any:
+        stop.wait(5)
+        return hash_file(file, stop)
+
+    monkeypatch.setattr(digests, "hash_file", slowly)
+    error = refusal(lambda: merge(plan_of(root, recipe()), root / "out", control=Late()))
+    assert error.code == "cancelled"
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 7, 20])

@@ -27,9 +27,23 @@ def test_what_is_written_reads_back_from_any_offset(store: LocalStore) -> None:
     write(store, "job/token/folder/model.safetensors")
     key = "job/token/folder/model.safetensors"
     assert store.size(key) == 11 and store.path(key).read_bytes() == b"hello world"
-    assert store.sha256(key) == hashlib.sha256(b"hello world").hexdigest()
+    assert store.sha256(key, lambda: None) == hashlib.sha256(b"hello world").hexdigest()
     with store.open(key, 6) as file:
         assert file.read() == b"world"
+
+
+def test_hashing_can_be_stopped_after_any_piece(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.artifacts.store._PIECE", 4)
+    write(store, "job/t/a")
+    checks = iter([None, KeyboardInterrupt()])
+
+    def check() -> None:
+        if (error := next(checks)) is not None:
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        store.sha256("job/t/a", check)
+    assert list(checks) == [], "once a piece"
 
 
 def test_less_than_announced_is_cut_to_what_came(store: LocalStore) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,24 @@ def test_a_stop_request_hands_the_job_back_even_without_a_broker(yard: Yard, pla
     assert work(slow, job.id, stop) is Ending.HANDED_BACK
     back = yard.jobs.get(job.id)
     assert (back.status, back.attempt) == (Status.QUEUED, 0)
+
+
+def test_a_stop_request_is_heard_while_finished_shards_are_read_again(
+    yard: Yard, place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, stop = yard.submit(ring=False, **SHARDED), StopRequest()
+    attempt(place, job, failing(ZeroDivisionError()))
+    assert len(yard.jobs.shards(job.id)) > 1
+    real, begun = yard.store.sha256, []
+
+    def stopped(key: str, check: Callable[[], None]) -> str:
+        begun.append(key)
+        stop.made = True
+        return real(key, check)
+
+    monkeypatch.setattr(yard.store, "sha256", stopped)
+    assert work(place, job.id, stop) is Ending.HANDED_BACK
+    assert len(begun) == 1
 
 
 def test_too_little_room_is_noticed_before_the_work(

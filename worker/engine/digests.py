@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
@@ -15,6 +15,7 @@ from app.sources.source import SourceFile
 from worker.engine.reader import check_unmoved, moved, open_unmoved, stat_of
 
 _PIECE = 4 << 20
+_SLICE_SECONDS = 0.2  # between two checks while the hashing is waited for
 
 
 class DigestCache:
@@ -82,9 +83,14 @@ class SourceDigests:
         if self._error is not None:
             raise self._error
 
-    def result(self) -> dict[SourceFile, str]:
-        """Wait for all digests. Raises ``source_changed`` where a file is not the planned one any more."""
-        self._thread.join()
+    def result(self, check: Callable[[], None]) -> dict[SourceFile, str]:
+        """Wait for all digests, and for no longer than ``check`` does not raise: large sources take minutes.
+
+        Raises ``source_changed`` where a file is not the planned one any more.
+        """
+        while self._thread.is_alive():
+            self._thread.join(_SLICE_SECONDS)
+            check()
         self.check()
         return self._digests
 

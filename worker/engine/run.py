@@ -71,7 +71,7 @@ def run_merge(
             delta_budget=delta_budget,
         )
         shards, statistics = stream.run()
-        sources = _source_records(plan, hashing.result())
+        sources = _source_records(plan, hashing.result(control.check))
         reader.verify()
         control.stage("publishing")
         small = _write_small_files(plan, sink, model_card(plan, sources, statistics))

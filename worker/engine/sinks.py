@@ -8,7 +8,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,8 +41,11 @@ class Sink(Protocol):
     An OSError that means "no space" may pass through; the engine turns it into ``disk_full``.
     """
 
-    def adopt(self, filename: str) -> StoredFile | None:
-        """The weight file an earlier attempt finished, if its digest still holds; else None and it is made anew."""
+    def adopt(self, filename: str, check: Callable[[], None]) -> StoredFile | None:
+        """The weight file an earlier attempt finished, if its digest still holds; else None and it is made anew.
+
+        ``check`` is called every so often while the file is read, and what it raises passes through.
+        """
         ...
 
     def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:
@@ -129,7 +132,7 @@ class FolderSink:
             raise
         _sync(self.out.parent)
 
-    def adopt(self, filename: str) -> StoredFile | None:  # noqa: ARG002
+    def adopt(self, filename: str, check: Callable[[], None]) -> StoredFile | None:  # noqa: ARG002
         return None  # a folder holds one attempt
 
     def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:  # noqa: ARG002

@@ -45,7 +45,10 @@ class Control(Protocol):
         ...
 
     def check(self) -> None:
-        """Called after every block; whatever it raises stops the merge and leaves nothing behind."""
+        """Called after every block, and every so often while files are hashed.
+
+        Whatever it raises stops the merge and leaves nothing behind.
+        """
         ...
 
 
@@ -89,7 +92,7 @@ class Stream:
         adopted: dict[str, StoredFile] = {}
         statistics: dict[str, TensorStatistics] = {}
         for shard in self._plan.shards:
-            stored = self._sink.adopt(shard.filename)
+            stored = self._sink.adopt(shard.filename, self._meter.check)
             remembered = None if stored is None else self._sink.recall(shard.filename)
             if stored is not None and remembered is not None:
                 adopted[shard.filename] = stored
@@ -183,13 +186,15 @@ class _Meter:
 
     def watch(self, _tensor: TensorPlan, _block: Block) -> None:
         """A block of a pass within one tensor, whose bytes count when they are written."""
+        self.check()
+
+    def check(self) -> None:
         self._hashing.check()
         self._control.check()
 
     def advance(self, nbytes: int) -> None:
         self._done += nbytes
-        self._hashing.check()
-        self._control.check()
+        self.check()
         self._control.progress(self._done, self._total)
 
     def complete(self) -> None:
