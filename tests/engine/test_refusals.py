@@ -25,6 +25,7 @@ from worker.engine import blocks, digests, sinks
 from worker.engine.digests import hash_file
 from worker.engine.kernels import load
 from worker.engine.run import merge_to_folder
+from worker.engine.stream import Stream
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 LORA_Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -102,17 +103,20 @@ def test_a_copied_value_beyond_its_new_dtype_is_refused(root: Path) -> None:
 
 
 def test_a_merge_stops_while_its_sources_are_still_hashed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Late(Watch):
-        def check(self) -> None:
-            if self.steps and self.steps[-1][0] == self.steps[-1][1]:
-                raise MergeyardError("cancelled", "Stopped.")
+    watch, write_weights = Watch(), Stream.run
+
+    def written(stream: Stream) -> Any:
+        result = write_weights(stream)
+        watch.stop = MergeyardError("cancelled", "Stopped.")
+        return result
 
     def slowly(file: SourceFile, stop: Event) -> Any:
         stop.wait(5)
         return hash_file(file, stop)
 
+    monkeypatch.setattr(Stream, "run", written)
     monkeypatch.setattr(digests, "hash_file", slowly)
-    error = refusal(lambda: merge(plan_of(root, recipe()), root / "out", control=Late()))
+    error = refusal(lambda: merge(plan_of(root, recipe()), root / "out", control=watch))
     assert error.code == "cancelled"
 
 
@@ -233,6 +237,7 @@ def test_a_real_limit_on_file_size_is_a_full_disk(root: Path) -> None:
         from tests.engine.test_refusals import recipe
         from worker.engine.kernels import load, warm_up
         from worker.engine.run import merge_to_folder
+from worker.engine.stream import Stream
         root = Path({str(root)!r})
         plan = plan_of(root, recipe())
         warm_up(load("auto"))
