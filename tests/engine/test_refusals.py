@@ -237,7 +237,6 @@ def test_a_real_limit_on_file_size_is_a_full_disk(root: Path) -> None:
         from tests.engine.test_refusals import recipe
         from worker.engine.kernels import load, warm_up
         from worker.engine.run import merge_to_folder
-from worker.engine.stream import Stream
         root = Path({str(root)!r})
         plan = plan_of(root, recipe())
         warm_up(load("auto"))
