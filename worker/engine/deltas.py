@@ -89,6 +89,10 @@ class TensorDeltas:
         self._kept = kept
         self._formed = [False] * len(self.blocks)
 
+    def forget(self) -> None:
+        """Let go of the memory of what was formed: asked again, it is formed anew."""
+        self._kept = None
+
     def of(self, block: Block, scratch: Scratch, wanted: Container[int] | None = None) -> torch.Tensor:
         """δ of every contribution over the block, float32 (N, n); valid until ``scratch`` is used again.
 
@@ -154,7 +158,10 @@ class Deltas:
 
         Raises ``source_not_finite`` where a factor holds NaN or infinity.
         """
-        if self._last is None or self._last.tensor is not tensor:
+        if self._last is not None and self._last.tensor is not tensor:
+            self._last.forget()  # the caller may hold it until it has the next
+            self._last = None
+        if self._last is None:
             factors = [self._factors(contribution) for contribution in tensor.contributions]
             self._last = TensorDeltas(tensor, factors, prescale, self._reader, self._room(tensor))
         return self._last
@@ -166,6 +173,7 @@ class Deltas:
         if values * 4 > self._budget:
             return None
         if len(self._buffer) < values:
+            self._buffer = torch.empty(0, dtype=torch.float32)  # never two of them: the budget is for one
             self._buffer = torch.empty(values, dtype=torch.float32)
         return self._buffer
 

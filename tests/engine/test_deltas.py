@@ -1,0 +1,42 @@
+"""What is kept of Δ between passes: one buffer, within the budget."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tests.engine.merges import plan_of
+from tests.files import llama_tensors, write_model
+from worker.engine.deltas import Deltas, Scratch
+from worker.engine.reader import Reader
+
+
+def test_a_larger_buffer_is_made_only_when_the_smaller_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "base")
+    write_model(tmp_path / "tuned", llama_tensors(seed=1))
+    recipe = {"base_model": "base", "merge_method": "ties", "models": [{"model": "tuned"}]}
+    tensors = sorted(plan_of(tmp_path, recipe).tensors, key=lambda tensor: math.prod(tensor.shape))
+    made: list[StorageWeakRef] = []
+    allocate = torch.empty
+
+    def watched(*size: Any, **options: Any) -> torch.Tensor:
+        buffer = options["dtype"] is torch.float32 and size != (0,)  # scratch is bytes
+        assert not buffer or all(earlier.expired() for earlier in made), "two at once"
+        tensor = allocate(*size, **options)
+        if buffer:
+            made.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    with Reader() as reader:
+        deltas, scratch = Deltas(["tuned"], reader), Scratch()
+        monkeypatch.setattr(torch, "empty", watched)
+        for tensor in tensors:
+            opened = deltas.open(tensor, [1.0])  # the last one is still held here, as by a pass
+            for block in opened.blocks:
+                opened.of(block, scratch)
+    assert len(made) > 1, "the buffer has to grow"
