@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
+from app.artifacts.disk import reserve, sync_folder
+
 _PART = re.compile(r"[\w.+@ -]+")  # one part of a key; "." and ".." are refused beside it
 _TRASH = ".trash"
 _PIECE = 4 << 20
@@ -133,8 +135,7 @@ class LocalWriter:
         self._written = 0
         self._file = path.open("xb", buffering=0)
         try:
-            if size:
-                os.posix_fallocate(self._file.fileno(), 0, size)
+            reserve(self._file.fileno(), size)
         except OSError:
             self.abort()
             raise
@@ -154,7 +155,7 @@ class LocalWriter:
         self._file.close()
         folder = self._path.parent
         while folder != self._root.parent:
-            _sync_folder(folder)
+            sync_folder(folder)
             folder = folder.parent
 
     def abort(self) -> None:
@@ -172,11 +173,3 @@ class LocalWriter:
             self.close()
         else:
             self.abort()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -84,6 +84,18 @@ def test_a_full_disk_shows_before_anything_is_written(store: LocalStore, monkeyp
     assert list(store.keys("job")) == []
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_reserve_space_is_written_to_all_the_same(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def cannot(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    write(store, "job/t/a")
+    assert store.path("job/t/a").read_bytes() == b"hello world"
+
+
 def test_closing_syncs_the_file_and_every_folder_that_names_it(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from app.artifacts.disk import reserve, sync_folder
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.errors import MergeyardError
 
@@ -123,14 +124,14 @@ class FolderSink:
 
     def publish(self) -> None:
         """Make the folder visible under its name. The rename replaces an empty folder and refuses any other."""
-        _sync(self._folder)
+        sync_folder(self._folder)
         try:
             self._folder.rename(self.out)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise self._exists() from error
             raise
-        _sync(self.out.parent)
+        sync_folder(self.out.parent)
 
     def adopt(self, filename: str, check: Callable[[], None]) -> StoredFile | None:  # noqa: ARG002
         return None  # a folder holds one attempt
@@ -167,7 +168,7 @@ class LocalFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            _reserve(self._descriptor, size)
+            reserve(self._descriptor, size)
         except OSError:
             self.abort()
             raise
@@ -194,16 +195,6 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    if size == 0:
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not every file system can
-            raise
-
-
 def _written(descriptor: int, data: memoryview) -> Iterator[int]:
     """Write all of ``data``, yielding the size of each part: a write may take less than it is given."""
     rest = data.cast("B")
@@ -211,11 +202,3 @@ def _written(descriptor: int, data: memoryview) -> Iterator[int]:
         count = os.write(descriptor, rest)
         rest = rest[count:]
         yield count
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
