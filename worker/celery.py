@@ -68,6 +68,7 @@ def make_celery(settings: Settings, *, tasks: str = "worker.tasks") -> Celery:
         worker_disable_prefetch=True,
         worker_proc_alive_timeout=START_SECONDS,
         worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_max_retries=None,  # Celery's 100 would end the worker in an outage of an hour
         worker_soft_shutdown_timeout=5.0,
         # A child that ended itself, or was killed, has no result to wait for: its row says everything.
         worker_lost_wait=0.5,
