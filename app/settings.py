@@ -36,7 +36,12 @@ class Settings(BaseSettings):
 
     @property
     def database(self) -> str:
-        return self.database_url or f"sqlite:///{self.root / 'mergeyard.sqlite3'}"
+        """A folder may have any name: what means something in a URL is quoted."""
+        if self.database_url:
+            return self.database_url
+        from sqlalchemy.engine import URL  # noqa: PLC0415 (its import is what a client's command would wait for)
+
+        return URL.create("sqlite", database=str(self.root / "mergeyard.sqlite3")).render_as_string()
 
     @property
     def broker(self) -> str:
