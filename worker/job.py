@@ -196,18 +196,28 @@ def _user_facing(error: Exception) -> MergeyardError:
 def _tidy(place: Workplace, job: Job, line: logging.LoggerAdapter[logging.Logger]) -> None:
     """Delete what this attempt left in the store, but for what a retry can use or the artifact names.
 
-    The row is read again and not assumed: a lost lease may hide that our own publication went through.
+    The row is read again and not assumed: a lost lease may hide that our own publication went through, or that the
+    merge ended and was deleted. Whoever deleted it swept before our last file was written, so all of it goes here.
     """
     try:
-        now = place.jobs.get(job.id)
-        if now.status.finished:
-            sweep(now, place.store)
+        now = _row(place, job)
+        if now is None or now.status.finished:
+            sweep(now or job, place.store, deleted=now is None)
             Upkeep(place.jobs.database).set_swept(job.id)
         else:
             recorded = {shard.file.key for shard in place.jobs.shards(job.id)}
             place.store.delete_prefix(f"{job.id}/{job.lease_token}", keep=recorded)
     except (MergeyardError, OSError) as error:
         line.warning("leftovers stay until the janitor sweeps them: %s", error)
+
+
+def _row(place: Workplace, job: Job) -> Job | None:
+    try:
+        return place.jobs.get(job.id)
+    except MergeyardError as error:
+        if error.code != "not_found":
+            raise
+        return None
 
 
 def _ring(place: Workplace, job: Job, line: logging.LoggerAdapter[logging.Logger]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records.job import Job, Status
+from app.records.upkeep import Upkeep
 from tests.worker.yard import SHARDED, Yard, open_yard
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import load
@@ -169,6 +170,22 @@ def test_an_attempt_that_lost_its_lease_writes_nothing_and_deletes_its_files(yar
     now = yard.jobs.get(job.id)
     assert now.status is Status.RUNNING and yard.workers(job)[-1] == "another"
     assert yard.files(job) == sorted(shard.file.key for shard in yard.jobs.shards(job.id))
+
+
+@pytest.mark.parametrize("row_is_gone", [False, True])
+def test_a_late_attempt_of_a_deleted_merge_leaves_nothing(yard: Yard, place: Workplace, row_is_gone: bool) -> None:
+    job = yard.submit(ring=False, **SHARDED)
+
+    def lose() -> None:
+        held = yard.jobs.get(job.id)
+        yard.jobs.fail(job.id, held.lease_token or "", MergeyardError("worker_lost", "given up"), retry=False)
+        yard.jobs.delete(job.id)
+        if row_is_gone:
+            Upkeep(yard.jobs.database).set_swept(job.id)
+
+    assert attempt(place, job, lose) is Ending.LOST
+    assert yard.files(job) == []
+    assert Upkeep(yard.jobs.database).unswept() == []
 
 
 def test_a_publication_whose_answer_was_lost_keeps_its_files(yard: Yard, place: Workplace) -> None:
