@@ -17,7 +17,7 @@ from app.records.database import Database, clock
 from app.records.job import JanitorReport, Job, Ring, Status
 from app.records.tables import jobs
 
-BATCH = 200  # rows of each kind in one round; the next round takes the rest
+BATCH = 200  # rows of each kind in one round; the next round goes on
 
 
 class Upkeep:
@@ -93,13 +93,16 @@ class Upkeep:
         with self.database.write() as connection:
             now = clock(connection)
             stale = and_(jobs.c.status == Status.QUEUED, jobs.c.rung_at <= now - timedelta(seconds=ring_after))
-            oldest = select(jobs.c.id).where(stale).order_by(jobs.c.created_at).limit(BATCH)
-            chosen = connection.scalars(oldest.with_for_update(skip_locked=True)).all()
+            # In turn: a queue that no worker serves must keep neither its own later jobs nor other queues waiting.
+            turn = func.row_number().over(partition_by=jobs.c.queue, order_by=(jobs.c.rung_at, jobs.c.created_at))
+            waiting = select(jobs.c.id, jobs.c.rung_at, turn.label("turn")).where(stale).subquery()
+            next_ones = select(waiting.c.id).order_by(waiting.c.turn, waiting.c.rung_at).limit(BATCH)
+            locked = select(jobs.c.id).where(jobs.c.id.in_(next_ones)).with_for_update(skip_locked=True)
+            chosen = connection.scalars(locked).all()
             found = connection.execute(
                 update(jobs).where(jobs.c.id.in_(chosen), stale).values(rung_at=now).returning(jobs)
             ).all()
-        waiting = sorted(map(rows.read_job, found), key=lambda job: (job.created_at, job.id))
-        return [rows.ring(job) for job in waiting]
+        return [rows.ring(job) for job in sorted(map(rows.read_job, found), key=lambda job: (job.created_at, job.id))]
 
 
 def _dead(now: datetime, stalled_after: float) -> ColumnElement[bool]:

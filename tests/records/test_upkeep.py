@@ -84,6 +84,28 @@ def test_a_queued_row_is_rung_again_once_it_is_stale(jobs: Jobs, upkeep: Upkeep)
     assert upkeep.round(ring_after=60) == NOTHING, "what was rung just now is not stale"
 
 
+def test_a_queue_without_a_worker_does_not_keep_the_others_waiting(
+    jobs: Jobs, upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.records.upkeep.BATCH", 4)
+    for _ in range(6):
+        jobs.submit(new_job(queue="dead"))
+    served = [jobs.submit(new_job(queue="served"))[0].id for _ in range(2)]
+    report = upkeep.round(ring_after=0)
+    assert len(report.ring) == 4
+    assert [ring.id for ring in report.ring if ring.queue == "served"] == served
+
+
+def test_every_job_of_a_long_queue_has_its_turn(jobs: Jobs, upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.records.upkeep.BATCH", 2)
+    waiting = [jobs.submit(new_job())[0].id for _ in range(5)]
+    rung: list[str] = []
+    for _ in range(3):
+        rung += [ring.id for ring in upkeep.round(ring_after=0).ring]
+        time.sleep(0.005)  # SQLite's clock counts milliseconds
+    assert set(rung) == set(waiting)
+
+
 def test_many_janitors_at_once_lose_a_worker_once(jobs: Jobs, upkeep: Upkeep) -> None:
     dead = [claimed(jobs, lease_seconds=0.01) for _ in range(5)]
     time.sleep(0.05)
