@@ -51,7 +51,6 @@ CODES: dict[str, Code] = {
     "method_not_allowed": Code(405, "user", "The method is not allowed here"),
     "conflict": Code(409, "user", "The merge's state does not allow this"),
     "idempotency_mismatch": Code(422, "user", "The Idempotency-Key was used for another request"),
-    "idempotency_in_flight": Code(409, "user", "A request with this Idempotency-Key is still in flight"),
     "range_not_satisfiable": Code(416, "user", "The range cannot be satisfied"),
     "output_exists": Code(409, "user", "The output folder already exists"),
     "digest_mismatch": Code(422, "user", "The bytes do not have the digest they should have"),

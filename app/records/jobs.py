@@ -69,22 +69,16 @@ class Jobs:
         *,
         status: Status | str | Collection[Status] | None = None,
         method: str | None = None,
-        label: tuple[str, str] | None = None,
-        owner: str | None = None,
         limit: int = 50,
         cursor: str | None = None,
     ) -> Page:
-        """Jobs, newest first, ``limit`` a page. ``label`` is (name, value); a bad cursor, ``request_invalid``."""
+        """Jobs, newest first, ``limit`` a page. A bad cursor is ``request_invalid``."""
         conditions: Conditions = [jobs.c.deleted_at.is_(None)]
         if status is not None:
             wanted = [status] if isinstance(status, str) else status
             conditions.append(jobs.c.status.in_([str(one) for one in wanted]))
         if method is not None:
             conditions.append(jobs.c.method == method)
-        if owner is not None:
-            conditions.append(jobs.c.owner == owner)
-        if label is not None:
-            conditions.append(jobs.c.labels[label[0]].as_string() == label[1])
         if cursor is not None:
             conditions.append(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*rows.read_cursor(cursor)))
         statement = (

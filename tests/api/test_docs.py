@@ -14,7 +14,8 @@ from tests import files
 from tests.api.curl import run_curl
 from tests.api.serving import ServedApi
 
-TEXT = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+REPOSITORY = Path(__file__).parents[2]
+TEXT = (REPOSITORY / "docs" / "api.md").read_text()
 COMMANDS = re.findall(r"^\$ (curl .*)$", TEXT, re.MULTILINE)
 
 
@@ -45,6 +46,12 @@ def test_it_names_every_code_under_its_status() -> None:
         for code in re.findall(r"`(\w+)`", codes):
             assert str(CODES[code].status) in statuses, code
     assert set(re.findall(r"`(\w+)`", TEXT[TEXT.index("| status |") :])) >= set(CODES)
+
+
+def test_every_code_is_raised_somewhere() -> None:
+    sources = [path for part in ("app", "worker", "mergeyard") for path in (REPOSITORY / part).rglob("*.py")]
+    text = "".join(path.read_text() for path in sources if path != REPOSITORY / "app" / "errors.py")
+    assert [code for code in CODES if f'"{code}"' not in text] == []
 
 
 def test_its_error_is_one(api: ServedApi) -> None:
