@@ -5,11 +5,15 @@ Codes are part of the API: they are never renamed. A new failure gets a row in `
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Fault = Literal["user", "system"]
+
+# The OSErrors that mean `disk_full`: no space, a quota, a file larger than the file system takes.
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(frozen=True, slots=True)

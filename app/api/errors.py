@@ -6,7 +6,6 @@ The document has the standard members (``type``, ``title``, ``status``, ``detail
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app.errors import MergeyardError, Problem
+from app.errors import NO_SPACE, MergeyardError, Problem
 from app.recipe.parse import place
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 2  # for what passes by itself: a database or a queue that is being restarted
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 log = logging.getLogger("mergeyard.api")
 

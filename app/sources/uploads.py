@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from app.sources.models import COMPANIONS, INDEX, PICKLES, load_model
 from app.sources.resolver import list_files
 
 STAGING = ".staging-"
+ABANDONED_SECONDS = 86_400.0
+MAX_FILES = 200
 SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,120}", re.ASCII)
 ALLOWED = frozenset({"config.json", ADAPTER_CONFIG, INDEX, "README.md", *COMPANIONS})
 
@@ -51,6 +54,19 @@ class UploadStore:
         staging.mkdir()
         return UploadDraft(self.folder, staging)
 
+    def sweep(self, *, abandoned_after: float = ABANDONED_SECONDS) -> None:
+        """Remove what uploads left whose process died: nothing was written to it for ``abandoned_after`` seconds.
+
+        Another process may still be receiving any younger one.
+        """
+        for staging in self.folder.glob(f"{STAGING}*"):
+            try:
+                newest = max(path.stat().st_mtime for path in (staging, *staging.iterdir()))
+            except OSError:  # it was finished or discarded just now
+                continue
+            if newest < time.time() - abandoned_after:
+                shutil.rmtree(staging, ignore_errors=True)
+
 
 class UploadDraft:
     """Files on their way in. Nothing can be referred to before ``commit``; ``discard`` leaves nothing behind."""
@@ -64,8 +80,13 @@ class UploadDraft:
         """Store one file.
 
         Raises:
-            MergeyardError: `pickle_refused`, `request_invalid` (a name twice, a path, another kind), `disk_full`.
+            MergeyardError: `pickle_refused`, `request_invalid` (a name twice, a path, another kind, too many files).
+            OSError: the disk is full, or fails.
         """
+        if len(self._files) >= MAX_FILES:
+            raise MergeyardError(
+                "request_invalid", f"The upload has more than {MAX_FILES} files; send fewer, larger ones"
+            )
         if name.endswith(PICKLES):
             message = f"{name[-80:]} is a pickle, which can run code when loaded; send safetensors"
             raise MergeyardError("pickle_refused", message, where=name[-80:])
@@ -77,16 +98,13 @@ class UploadDraft:
         if name in self._files:
             raise MergeyardError("request_invalid", f"{name} was sent twice", where=name)
         digest, size = hashlib.sha256(), 0
-        try:
-            with (self._staging / name).open("xb") as stream:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    size += len(chunk)
-                    stream.write(chunk)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise MergeyardError("disk_full", f"{name} could not be stored: {error.strerror}") from None
+        with (self._staging / name).open("xb") as stream:
+            for chunk in chunks:
+                digest.update(chunk)
+                size += len(chunk)
+                stream.write(chunk)
+            stream.flush()
+            os.fsync(stream.fileno())
         self._files[name] = UploadedFile(name=name, size=size, sha256=digest.hexdigest())
         return self._files[name]
 

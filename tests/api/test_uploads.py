@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +106,34 @@ class TestABadUpload:
             "/uploads", content=body(), headers={"content-type": "multipart/form-data; boundary=x"}
         )
         problem(response, 413, "body_too_large")
+        assert left_behind(api) == []
+
+    @pytest.mark.parametrize(
+        ("number", "status", "code"),
+        [
+            (errno.ENOSPC, 507, "disk_full"),
+            (errno.EDQUOT, 507, "disk_full"),
+            (errno.EFBIG, 507, "disk_full"),
+            (errno.EIO, 500, "internal"),
+            (errno.EACCES, 500, "internal"),
+        ],
+    )
+    def test_of_the_disk_is_told_apart(
+        self,
+        api: ServedApi,
+        adapter: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        number: int,
+        status: int,
+        code: str,
+    ) -> None:
+        def fail(_: int) -> None:
+            raise OSError(number, "secret inside")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("app.sources.uploads.os.fsync", fail)
+            response = api.http.post("/uploads", files=parts_of(adapter))
+        assert "secret" not in problem(response, status, code)["detail"]
         assert left_behind(api) == []
 
     def test_that_is_cut_short_leaves_nothing(self, api: ServedApi) -> None:

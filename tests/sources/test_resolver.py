@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,34 @@ def test_an_upload_takes_only_plain_names_of_data_files(tmp_path: Path, name: st
     draft.discard()
     assert caught.value.code == code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_has_at_most_so_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.sources.uploads.MAX_FILES", 2)
+    draft = UploadStore(tmp_path).begin()
+    for number in range(2):
+        draft.add(f"{number}.safetensors", [b"x"])
+    with pytest.raises(MergeyardError, match="more than 2 files") as caught:
+        draft.add("2.safetensors", [b"x"])
+    assert caught.value.code == "request_invalid"
+    assert len(list(tmp_path.glob("*/*"))) == 2
+
+
+def test_only_uploads_that_nobody_writes_to_are_swept(tmp_path: Path) -> None:
+    store, day = UploadStore(tmp_path), 86_400
+    now = time.time()
+    ages = {"dead": (2 * day, 2 * day), "young": (day / 2, day / 2), "slow": (2 * day, 60)}
+    for name, (folder_age, file_age) in ages.items():
+        staging = tmp_path / f".staging-{name}"
+        staging.mkdir()
+        (staging / "model.safetensors").write_bytes(b"x")
+        os.utime(staging / "model.safetensors", (now - file_age, now - file_age))
+        os.utime(staging, (now - folder_age, now - folder_age))
+    finished = tmp_path / ("a" * 64)
+    finished.mkdir()
+    os.utime(finished, (0, 0))
+    store.sweep()
+    assert {path.name for path in tmp_path.iterdir()} == {".staging-young", ".staging-slow", finished.name}
 
 
 def test_a_damaged_upload_is_refused_on_arrival(root: Path, tmp_path: Path) -> None:
