@@ -43,7 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
         service = open_service(settings)
-        janitor = Janitor(service.jobs, service.bell, settings.janitor_interval, service.store)
+        janitor = Janitor(service.jobs, service.bell, settings.janitor_interval, service.store, service.uploads)
         api.state.service = service
         api.state.upload_limiter = CapacityLimiter(UPLOADS_AT_ONCE)
         janitor.start()

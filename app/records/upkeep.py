@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
 
 from app.records import rows, transitions
 from app.records.database import Database, clock
@@ -54,15 +54,16 @@ class Upkeep:
         with self.database.read() as connection:
             return connection.execute(statement).scalar_one()
 
-    def unswept(self) -> list[tuple[Job, bool]]:
-        """Finished jobs whose leftover files are still to be swept from the store, and whether each was deleted."""
+    def unswept(self, *, after: Job | None = None) -> list[tuple[Job, bool]]:
+        """Finished jobs whose leftover files are still to be swept from the store, and whether each was deleted.
+
+        The oldest first, at most ``BATCH``, from the one that follows ``after``.
+        """
         finished = [status for status in Status if status.finished]
-        statement = (
-            select(jobs)
-            .where(jobs.c.status.in_(finished), jobs.c.swept.is_(False))
-            .order_by(jobs.c.created_at)
-            .limit(BATCH)
-        )
+        wanted = and_(jobs.c.status.in_(finished), jobs.c.swept.is_(False))
+        if after is not None:
+            wanted &= tuple_(jobs.c.created_at, jobs.c.id) > tuple_(after.created_at, after.id)
+        statement = select(jobs).where(wanted).order_by(jobs.c.created_at, jobs.c.id).limit(BATCH)
         with self.database.read() as connection:
             return [(rows.read_job(row), row.deleted_at is not None) for row in connection.execute(statement)]
 

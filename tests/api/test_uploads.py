@@ -148,6 +148,20 @@ class TestABadUpload:
         wait_until(lambda: left_behind(api) == [])
 
 
+@pytest.fixture
+def abandoned(tmp_path: Path) -> Path:
+    """What an API that was killed left in the data folder of ``fresh_api``."""
+    staging = tmp_path / "data" / "uploads" / ".staging-0123456789abcdef"
+    staging.mkdir(parents=True)
+    os.utime(staging, (0, 0))
+    return staging
+
+
+def test_what_a_killed_api_left_is_swept_by_the_next(abandoned: Path, fresh_api: ServedApi) -> None:
+    wait_until(lambda: not abandoned.exists())
+    assert left_behind(fresh_api) == []
+
+
 def wait_until(condition) -> None:
     import time
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from app.records.janitor import Janitor
 from app.records.job import JanitorReport, Job, Status
 from app.records.jobs import Jobs
 from app.records.upkeep import Upkeep
+from app.sources.uploads import UploadStore
 from tests.records.submitting import claimed, new_job
 
 NOTHING = JanitorReport(ring=(), requeued=(), failed=(), cancelled=())
@@ -187,3 +191,71 @@ def test_sweeping_keeps_what_is_published_and_what_a_retry_can_use(
     assert len(list(store.keys(retried.id))) == 2, "a running attempt's files are its own"
     assert list(store.keys(failed.id)) == list(store.keys(deleted.id)) == []
     assert Upkeep(jobs.database).unswept() == []
+
+
+class Stubborn(LocalStore):
+    """A store in which some jobs' folders cannot be deleted."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.stuck: set[str] = set()
+
+    def delete_prefix(self, prefix: str, *, keep: Collection[str] = ()) -> None:
+        if prefix in self.stuck:
+            raise PermissionError(errno.EACCES, "Permission denied", prefix)
+        super().delete_prefix(prefix, keep=keep)
+
+
+def ended_with_leftovers(jobs: Jobs, store: LocalStore) -> Job:
+    job = claimed(jobs)
+    write(store, f"{job.id}/{job.lease_token}/left")
+    return jobs.fail(job.id, job.lease_token or "", MergeyardError("internal", "x"), retry=False)
+
+
+def test_a_folder_that_cannot_be_deleted_keeps_no_other_job_from_being_swept(
+    jobs: Jobs, broker_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, bell = Stubborn(tmp_path / "store"), Bell(broker_url)
+    stuck, other = (ended_with_leftovers(jobs, store) for _ in range(2))
+    store.stuck.add(stuck.id)
+    janitor = Janitor(jobs, bell, interval=60, store=store)
+    janitor.round()
+    assert list(store.keys(other.id)) == []
+    assert [job.id for job, _ in Upkeep(jobs.database).unswept()] == [stuck.id]
+    assert any("Permission denied" in record.getMessage() for record in caplog.records)
+    store.stuck.clear()
+    janitor.round()
+    assert list(store.keys(stuck.id)) == [], "it is tried again"
+    bell.close()
+
+
+def test_a_whole_batch_that_cannot_be_deleted_is_passed_by_and_tried_again(
+    jobs: Jobs, broker_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("upkeep", "janitor"):
+        monkeypatch.setattr(f"app.records.{module}.BATCH", 2)
+    store, bell = Stubborn(tmp_path / "store"), Bell(broker_url)
+    first, second, third = (ended_with_leftovers(jobs, store) for _ in range(3))
+    store.stuck = {first.id, second.id}
+    janitor = Janitor(jobs, bell, interval=60, store=store)
+    janitor.round()
+    janitor.round()
+    assert list(store.keys(third.id)) == []
+    store.stuck.clear()
+    janitor.round()
+    assert Upkeep(jobs.database).unswept() == []
+    bell.close()
+
+
+def test_the_janitor_sweeps_abandoned_uploads(sqlite_url: str, broker_url: str, tmp_path: Path) -> None:
+    jobs, bell, uploads = Jobs(Database(sqlite_url)), Bell(broker_url), UploadStore(tmp_path / "uploads")
+    janitor = Janitor(jobs, bell, interval=60, uploads=uploads)
+    janitor.round()  # without a folder there is nothing to do
+    uploads.begin()
+    (abandoned,) = uploads.folder.iterdir()
+    janitor.round()
+    assert abandoned.exists()
+    os.utime(abandoned, (0, 0))
+    janitor.round()
+    assert not abandoned.exists()
+    bell.close()
