@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -29,6 +29,13 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(2_000_000, ge=1000, description="Largest recipe or envelope accepted")
     max_upload_bytes: int = Field(20_000_000_000, ge=1)
     queue: str = Field("default", description="The queue this worker serves")
+
+    @field_validator("artifact_store")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("object storage is not supported yet: name a folder")
+        return value
 
     @property
     def root(self) -> Path:

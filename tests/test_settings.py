@@ -32,3 +32,9 @@ def test_reading_the_settings_imports_no_database() -> None:
     """`mergeyard --help` and the client's commands read them."""
     code = "import sys, app.settings; app.settings.Settings(); sys.exit('sqlalchemy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_object_storage_is_refused_rather_than_made_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGEYARD_ARTIFACT_STORE", "s3://bucket/prefix")
+    with pytest.raises(ValueError, match="object storage is not supported yet"):
+        Settings()
