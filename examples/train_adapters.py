@@ -74,6 +74,7 @@ def train(task: Task, base: Path, console: Console) -> None:
 
     for parameter in adapted.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)  # scored as it will be saved
+    model.set_attn_implementation("sdpa")  # and as anybody will run it
     core = cast(PreTrainedModel, adapted.get_base_model().eval())
     scores = {
         split: exact_match(exact_matches(core, tokenizer, examples(task, split))) for split in ("validation", "test")
