@@ -4,7 +4,8 @@ Greedy decoding writes exactly the expected answer if and only if, fed the promp
 puts every next token of it first, the end-of-turn token included. So one forward pass over prompt and answer decides
 each example, and a score over 200 examples takes seconds. What is measured is the expected answer in its canonical
 tokenisation: a model that spelt the same characters with other tokens would count as wrong, which a trained one has no
-reason to do. `agreement` holds the shortcut against real generation; `python -m examples.scoring MODEL` shows both.
+reason to do. And bfloat16 rounds a batch differently from a single prompt, which now and then tips a near tie.
+`agreement` holds the shortcut against real generation; `python -m examples.scoring MODEL` shows both.
 """
 
 import argparse
