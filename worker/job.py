@@ -13,7 +13,7 @@ from typing import Any
 
 from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
-from app.errors import MergeyardError
+from app.errors import NO_SPACE, MergeyardError
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
@@ -29,7 +29,6 @@ from app.sources.resolver import Resolver
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import Kernels, load, warm_up
 from worker.engine.run import build_manifest, run_merge, write_manifest
-from worker.engine.sinks import FULL
 from worker.lease import Lease, Stopping, StopRequest
 from worker.sink import StoreSink
 
@@ -184,7 +183,7 @@ def _user_facing(error: Exception) -> MergeyardError:
     """Any failure as one with a code. What nobody foresaw is ``internal`` and tells nothing of the inside."""
     if isinstance(error, MergeyardError):
         return error
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return MergeyardError("disk_full", "The artifact store has no room left; free some space and merge again.")
     if isinstance(error, MemoryError):
         return MergeyardError("out_of_memory", "The worker has too little memory for this merge.")

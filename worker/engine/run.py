@@ -13,7 +13,7 @@ from typing import Literal
 
 import app
 from app.artifacts.manifest import MANIFEST_NAME, Manifest, SourceRecord, StoredFile, TensorStatistics
-from app.errors import MergeyardError
+from app.errors import NO_SPACE, MergeyardError
 from app.planning.plan import Plan, PlannedSource
 from app.sources.source import SourceFile
 from worker.engine.blocks import Crew
@@ -24,7 +24,7 @@ from worker.engine.digests import DigestCache, SourceDigests
 from worker.engine.kernels import load
 from worker.engine.kernels.signature import Kernels
 from worker.engine.reader import Reader, moved, open_unmoved
-from worker.engine.sinks import FULL, FolderSink, Sink
+from worker.engine.sinks import FolderSink, Sink
 from worker.engine.stream import Control, Stream
 
 _PIECE = 4 << 20
@@ -155,7 +155,7 @@ def _user_errors(plan: Plan) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in NO_SPACE:
             raise
         raise MergeyardError(
             "disk_full",

@@ -16,8 +16,6 @@ from app.artifacts.disk import reserve, sync_folder
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.errors import MergeyardError
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
 
 class FileWriter(Protocol):
     """One file on its way. Either ``finish`` or ``abort`` is called, once, and nothing after it."""
