@@ -171,6 +171,9 @@ A LoRA adapter of {ORIGINAL} (Apache-2.0), trained on {DESCRIPTION}.
   {training.warmup} steps of warm-up, then a cosine to zero; bfloat16 autocast; loss on the answer and its end-of-turn
   token alone.
 - Made again by `python -m examples.train_adapters {task}`.
+  The same seeds on another number of threads give other bits, and scores a little apart.
+- Wordings and steps were added after errors of an earlier adapter on validation and test examples had been looked at, so the
+  test score is not fully blind; no wording of a test example was copied.
 
 | exact match of greedy answers | |
 | --- | --- |
