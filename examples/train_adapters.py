@@ -172,7 +172,7 @@ A LoRA adapter of {ORIGINAL} (Apache-2.0), trained on {DESCRIPTION}.
   token alone.
 - Made again by `python -m examples.train_adapters {task}`.
   The same seeds on another number of threads give other bits, and scores a little apart.
-- Wordings and steps were added after errors of an earlier adapter on validation and test examples had been looked at, so the
+- Wordings and steps were added after a look at errors of an earlier adapter on validation and test examples, so the
   test score is not fully blind; no wording of a test example was copied.
 
 | exact match of greedy answers | |
