@@ -13,7 +13,7 @@ from app.recipe import Recipe, SourceEntry
 from app.recipe.methods import METHODS
 from app.sources.source import SourceFile
 
-ENGINE_VERSION = "1"  # grows whenever the same recipe would give other bytes
+ENGINE_VERSION = "2"  # grows whenever the same recipe would give other bytes
 
 
 def canonical_recipe(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import Problem
-from app.sources.source import SourceFile, TensorSpec
+from app.sources.source import GatheredTensor, SourceFile, StoredTensor, TensorSpec
 
 Scalar = float | int | bool | str
 
@@ -31,7 +31,7 @@ class Contribution:
     """
 
     source: int  # index into Plan.sources
-    full: TensorSpec | None
+    full: StoredTensor | None
     lora: LoraFactors | None
     parameters: Mapping[str, float]
 
@@ -50,7 +50,7 @@ class TensorPlan:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    base: TensorSpec
+    base: StoredTensor
     contributions: tuple[Contribution, ...]
     parameters: Mapping[str, Scalar]
 
@@ -112,3 +112,9 @@ class Plan:
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
         return tuple(tensor for shard in self.shards for tensor in shard.tensors)
+
+    def owner(self, stored: StoredTensor) -> str:
+        """The reference of the model or adapter that a tensor is read from (all of them, if several), for messages."""
+        files = {part.file for part in (stored.parts if isinstance(stored, GatheredTensor) else (stored,))}
+        owners = [item.reference for item in (self.base, *self.sources) if not files.isdisjoint(item.files)]
+        return " and ".join(dict.fromkeys(owners)) or stored.name

@@ -38,12 +38,14 @@ class MethodSpec:
 
     ``needs_base``: it merges task vectors. ``sign_elected``: a source that does not touch a tensor takes no part there;
     in the others it counts, with δ = 0. ``counts_base``: the base listed among ``models`` is a source like the others.
+    ``symmetric``: the order of the sources means nothing, so they are merged in a canonical one.
     """
 
     parameters: Mapping[str, Parameter]
     needs_base: bool
     sign_elected: bool
     counts_base: bool
+    symmetric: bool
     paper: str
 
 
@@ -62,6 +64,7 @@ METHODS: Mapping[str, MethodSpec] = {
         needs_base=False,
         sign_elected=False,
         counts_base=True,
+        symmetric=True,
         paper="Wortsman et al. 2022, Model soups",
     ),
     "task_arithmetic": MethodSpec(
@@ -76,6 +79,7 @@ METHODS: Mapping[str, MethodSpec] = {
         needs_base=True,
         sign_elected=False,
         counts_base=False,
+        symmetric=True,
         paper="Ilharco et al. 2023, Editing models with task arithmetic",
     ),
     "ties": MethodSpec(
@@ -94,6 +98,7 @@ METHODS: Mapping[str, MethodSpec] = {
         needs_base=True,
         sign_elected=True,
         counts_base=False,
+        symmetric=True,
         paper="Yadav et al. 2023, TIES-Merging: resolving interference when merging models",
     ),
 }

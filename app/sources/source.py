@@ -5,7 +5,7 @@ Everything here is read from headers and configs; no weights are read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,58 @@ class TensorSpec:
     file: SourceFile
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Consecutive rows of a GatheredTensor, ``start`` up to ``start + count``.
+
+    Each of ``parts`` is a tensor and the first of its rows that goes here. A row is the mean of its parts' rows; with
+    no parts it is zero.
+    """
+
+    start: int
+    count: int
+    parts: tuple[tuple[TensorSpec, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatheredTensor:
+    """A tensor put together from rows (index of the first axis) of stored ones: vocabularies that grew or were united.
+
+    ``runs`` cover every row once, in order. Rows of all parts have the shape ``shape[1:]``. ``dtype`` is what the
+    tensor is read as: that of its parts where they agree and no row is a mean, else F32, so that nothing is rounded.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """Every stored tensor it takes rows from, once."""
+        return tuple(dict.fromkeys(spec for run in self.runs for spec, _ in run.parts))
+
+
+StoredTensor = TensorSpec | GatheredTensor
+Row = tuple[tuple[TensorSpec, int], ...]  # the tensors a row is the mean of, and the row's index in each
+
+
+def gathered(name: str, rows: Iterable[Row], row_shape: tuple[int, ...]) -> GatheredTensor:
+    """A tensor of these rows, each of ``row_shape``; neighbours that stay neighbours become one run."""
+    runs: list[Run] = []
+    for index, row in enumerate(rows):
+        last = runs[-1] if runs else None
+        if last is not None and row == tuple((spec, first + last.count) for spec, first in last.parts):
+            runs[-1] = Run(start=last.start, count=last.count + 1, parts=last.parts)
+        else:
+            runs.append(Run(start=index, count=1, parts=row))
+    dtypes = {spec.dtype for run in runs for spec, _ in run.parts}
+    plain = len(dtypes) == 1 and all(len(run.parts) < 2 for run in runs)
+    count = runs[-1].start + runs[-1].count if runs else 0
+    dtype = dtypes.pop() if plain else "F32"
+    return GatheredTensor(name=name, dtype=dtype, shape=(count, *row_shape), runs=tuple(runs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -149,7 +149,7 @@ def test_the_manifest_names_every_file_and_source_by_digest(root: Path) -> None:
     for file in written["files"]:
         content = (root / "out" / file["name"]).read_bytes()
         assert (file["size"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    assert [source["reference"] for source in written["sources"]] == ["models:base", "models:sql", "models:json"]
+    assert [source["reference"] for source in written["sources"]] == ["models:base", "models:json", "models:sql"]
     for source in written["sources"]:
         for name, digest in source["files"].items():
             folder = root / source["reference"].removeprefix("models:")
@@ -169,7 +169,7 @@ def test_digests_are_remembered(root: Path) -> None:
 
 def test_two_files_of_equal_header_size_and_mtime_have_a_digest_each(root: Path) -> None:
     """Fine-tunes of one model out of an archive: nothing but their weights tells them apart."""
-    paths = [root / name / "adapter_model.safetensors" for name in ("sql", "json")]
+    paths = [root / name / "adapter_model.safetensors" for name in ("json", "sql")]
     for path in paths:
         os.utime(path, ns=(0, 0))
     plan = plan_of(root, recipe())
@@ -187,22 +187,22 @@ def test_a_file_rewritten_under_its_old_mtime_gets_its_new_digest(root: Path) ->
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     os.utime(path, ns=(mtime, mtime))
     manifest = merge(plan_of(root, recipe()), root / "again", cache=root / "cache")
-    assert manifest.sources[1].files[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifest.sources[2].files[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_statistics_describe_each_changed_tensor(root: Path) -> None:
-    models = [{"adapter": "sql", "parameters": {"density": 0.25}}, {"adapter": "json"}]
+    models = [{"adapter": "json", "parameters": {"density": 0.25}}, {"adapter": "sql"}]
     manifest = merge(plan_of(root, recipe(merge_method="ties", models=models)), root / "out")
     assert set(manifest.statistics) == {name for name in llama_tensors() if "_proj" in name}
     entry = manifest.statistics[f"{Q}.weight"]
     assert entry.parameters == HIDDEN * HIDDEN
     assert entry.trimmed == (0.75, 0.0)
-    norms = [float(product(root / name).norm()) for name in ("sql", "json")]
+    norms = [float(product(root / name).norm()) for name in ("json", "sql")]
     assert entry.source_norms == pytest.approx(norms)
     moved = tensors_of(root / "out")[f"{Q}.weight"] - llama_tensors()[f"{Q}.weight"]
     assert entry.merged_norm == pytest.approx(float(moved.norm()), rel=1e-5)
     # the sources disagree where the one quarter kept of the first has the other sign
-    first, second = product(root / "sql"), product(root / "json")
+    first, second = product(root / "json"), product(root / "sql")
     kept = first.abs() >= first.abs().flatten().kthvalue(49).values
     assert entry.sign_conflict == pytest.approx(float((kept & (first * second < 0)).float().mean()))
 

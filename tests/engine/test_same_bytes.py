@@ -77,6 +77,27 @@ def test_larger_tensors_at_odd_widths_change_no_byte(tmp_path: Path) -> None:
     assert all(other == found[0] for other in found)
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_the_order_of_the_sources_changes_no_byte(root: Path, method: str) -> None:
+    write_model(root / "third", llama_tensors(seed=8, dtype=torch.bfloat16))
+    models = [{"model": "base"}, {"model": "tuned"}, {"model": "third"}, {"adapter": "sql"}, {"adapter": "json"}]
+    found = []
+    for index, order in enumerate((models, models[::-1], [models[i] for i in (2, 4, 0, 3, 1)])):
+        weights = {"weight": 0.3, "density": 0.6} if method == "ties" else {"weight": 0.3}
+        wanted = {"base_model": "base", "merge_method": method, "models": order, "parameters": weights}
+        merge(plan_of(root, wanted), root / f"out-{index}")
+        found.append(bytes_of(root / f"out-{index}"))
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
+def test_the_order_changes_no_byte_without_a_base_either(root: Path) -> None:
+    models = [{"model": "tuned", "parameters": {"weight": 0.7}}, {"model": "base", "parameters": {"weight": 0.2}}]
+    for name, order in (("out", models), ("again", models[::-1])):
+        merge(plan_of(root, {"merge_method": "linear", "models": order}), root / name)
+    assert bytes_of(root / "out") == bytes_of(root / "again")
+
+
 def test_another_place_and_another_time_change_no_byte(root: Path) -> None:
     merge(plan_of(root, recipe()), root / "out")
     elsewhere = root / "elsewhere"

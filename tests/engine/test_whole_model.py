@@ -113,9 +113,11 @@ def test_a_whole_model_trim_keeps_exactly_k_of_what_a_source_touches(tmp_path: P
         "parameters": {"trim_scope": "model", "density": 0.3},
     }
     manifest = merge(plan_of(tmp_path, wanted), tmp_path / "out")
+    adapter, tuned = (source.reference for source in manifest.sources[1:])
+    assert (adapter, tuned) == ("models:adapter", "models:x0")
     entries = manifest.statistics.values()
-    assert round(sum(kept_values(entry, 0) for entry in entries)) == int(0.3 * 860)
-    assert round(kept_values(manifest.statistics["m.weight"], 1)) == int(0.3 * 360)
+    assert round(sum(kept_values(entry, 1) for entry in entries)) == int(0.3 * 860)
+    assert round(kept_values(manifest.statistics["m.weight"], 0)) == int(0.3 * 360)
     # all magnitudes are equal, so the lowest flat indices of the first tensor by name stay
     assert tensors_of(tmp_path / "out")["m.weight"].reshape(-1).nonzero().reshape(-1).tolist() == list(range(258))
 

@@ -15,7 +15,7 @@ import torch
 
 from app.errors import MergeyardError
 from app.planning.plan import Contribution, TensorPlan
-from app.sources.source import TensorSpec
+from app.sources.source import StoredTensor
 from worker.engine.blocks import Block, cut, row_width
 from worker.engine.reader import Reader
 
@@ -126,7 +126,7 @@ class TensorDeltas:
         if self._prescale[index] != 1.0:
             delta.mul_(self._prescale[index])
 
-    def _difference(self, full: TensorSpec, block: Block, delta: torch.Tensor, scratch: Scratch) -> None:
+    def _difference(self, full: StoredTensor, block: Block, delta: torch.Tensor, scratch: Scratch) -> None:
         base = scratch.floats("base", block.size)
         raw = scratch.bytes("raw", block.size * 8)
         self._reader.float32(full, block.start, block.stop, delta, raw)
@@ -184,7 +184,7 @@ class Deltas:
         A, B = self._reader.whole(lora.A), self._reader.whole(lora.B)
         for spec, values in ((lora.A, A), (lora.B, B)):
             if not all_finite(values):
-                raise not_finite(self._references[contribution.source], spec)
+                raise not_finite(self._references[contribution.source], spec.name)
         return Factors(A, B, lora.scale, lora.transposed)
 
 
@@ -206,8 +206,8 @@ def all_finite(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def not_finite(reference: str, spec: TensorSpec) -> MergeyardError:
+def not_finite(reference: str, tensor: str) -> MergeyardError:
     return MergeyardError(
         "source_not_finite",
-        f"{reference} holds NaN, infinity or a value beyond float32 in tensor {spec.name}; repair or leave it out.",
+        f"{reference} holds NaN, infinity or a value beyond float32 in tensor {tensor}; repair or leave it out.",
     )

@@ -6,14 +6,18 @@ Mapped files would count as resident memory and turn a truncated file into SIGBU
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import islice
 from types import TracebackType
 
 import torch
 
 from app.errors import MergeyardError
-from app.sources.source import SourceFile, TensorSpec
+from app.sources.source import GatheredTensor, Run, SourceFile, StoredTensor, TensorSpec
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -73,17 +77,17 @@ class Reader:
             check_unmoved(file, os.fstat(descriptor))
             check_unmoved(file, stat_of(file))
 
-    def native(self, spec: TensorSpec, start: int, stop: int, scratch: torch.Tensor) -> torch.Tensor:
+    def native(self, spec: StoredTensor, start: int, stop: int, scratch: torch.Tensor) -> torch.Tensor:
         """Flat values ``start`` up to ``stop`` as stored: a view of ``scratch`` (uint8, aligned, large enough)."""
         dtype = dtype_of(spec.dtype, spec.name)
-        raw = scratch[: (stop - start) * dtype.itemsize]
-        self._fill(spec, start * dtype.itemsize, raw)
-        return raw.view(dtype)
+        values = scratch[: (stop - start) * dtype.itemsize].view(dtype)
+        self._read(spec, start, values)
+        return values
 
-    def float32(self, spec: TensorSpec, start: int, stop: int, out: torch.Tensor, scratch: torch.Tensor) -> None:
+    def float32(self, spec: StoredTensor, start: int, stop: int, out: torch.Tensor, scratch: torch.Tensor) -> None:
         """The same range as float32 into ``out`` (n,), by way of ``scratch`` where it is stored otherwise."""
         if spec.dtype == "F32":
-            self._fill(spec, start * 4, out.view(torch.uint8))
+            self._read(spec, start, out)
         else:
             out.copy_(self.native(spec, start, stop, scratch))
 
@@ -93,6 +97,28 @@ class Reader:
         raw = torch.empty(spec.nbytes, dtype=torch.uint8)
         self._fill(spec, 0, raw)
         return raw.view(dtype).to(torch.float32).reshape(spec.shape)
+
+    def _read(self, spec: StoredTensor, start: int, values: torch.Tensor) -> None:
+        """Fill ``values`` (of the tensor's own dtype) from the flat index ``start`` on."""
+        if isinstance(spec, TensorSpec):
+            self._fill(spec, start * values.dtype.itemsize, values.view(torch.uint8))
+            return
+        width = math.prod(spec.shape[1:])
+        for run in _runs_within(spec, start, start + len(values), width):
+            first = max(start, run.start * width)
+            last = min(start + len(values), (run.start + run.count) * width)
+            piece = values[first - start : last - start]
+            places = [(part, first - run.start * width + row * width) for part, row in run.parts]
+            if len(places) == 1 and places[0][0].dtype == spec.dtype:
+                self._read(*places[0], piece)
+                continue
+            piece.zero_()
+            for part, place in places:
+                own = torch.empty(len(piece), dtype=dtype_of(part.dtype, part.name))
+                self._read(part, place, own)
+                piece += own.to(piece.dtype)
+            if len(places) > 1:
+                piece /= len(places)
 
     def _fill(self, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
         descriptor = self._descriptor(spec.file)
@@ -112,6 +138,15 @@ class Reader:
             if file not in self._open:
                 self._open[file] = open_unmoved(file, with_header=True)
             return self._open[file]
+
+
+def _runs_within(spec: GatheredTensor, start: int, stop: int, width: int) -> Iterator[Run]:
+    """The runs that hold any of the flat values ``start`` up to ``stop``."""
+    first = bisect_right(spec.runs, start, key=lambda run: run.start * width) - 1
+    for run in islice(spec.runs, max(first, 0), None):
+        if run.start * width >= stop:
+            return
+        yield run
 
 
 def open_unmoved(file: SourceFile, *, with_header: bool) -> int:

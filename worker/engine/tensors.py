@@ -33,7 +33,7 @@ def copying(plan: Plan, tensor: TensorPlan, reader: Reader) -> BlockWork:
         place = buffer if same else scratch.bytes("raw", block.size * 8)
         values = reader.native(tensor.base, block.start, block.stop, place)
         if not all_finite(values):
-            raise not_finite(plan.base.reference, tensor.base)
+            raise not_finite(plan.owner(tensor.base), tensor.base.name)
         if not same:
             out = buffer[: block.size * dtype.itemsize].view(dtype)
             out.copy_(values)
@@ -88,12 +88,12 @@ def _refuse(plan: Plan, tensor: TensorPlan, block: Block, reader: Reader) -> NoR
     raw = torch.empty(block.size * 8, dtype=torch.uint8)
     reader.float32(tensor.base, block.start, block.stop, values, raw)
     if not all_finite(values):
-        raise not_finite(plan.base.reference, tensor.base)
+        raise not_finite(plan.owner(tensor.base), tensor.base.name)
     for contribution in tensor.contributions:
         if contribution.full is not None:
             reader.float32(contribution.full, block.start, block.stop, values, raw)
             if not all_finite(values):
-                raise not_finite(plan.sources[contribution.source].reference, contribution.full)
+                raise not_finite(plan.sources[contribution.source].reference, contribution.full.name)
     raise _overflow(tensor)
 
 

@@ -1,0 +1,84 @@
+"""What a merge writes: shards, the JSON documents and companions beside them, and what it all takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from app.planning.plan import Estimates, ShardPlan, TensorPlan
+from app.sources.models import read_json
+from app.sources.safetensors import DTYPE_BYTES
+from app.sources.source import ModelSource, SourceFile
+
+DELTA_BUFFER_BYTES = 512_000_000  # the engine keeps one tensor's Δ of every source up to here, else it recomputes
+PROCESS_BYTES = 450_000_000  # what a worker holds before it merges anything: torch, Numba
+LIBRARY_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def cut_shards(tensors: Sequence[TensorPlan], limit: int) -> tuple[ShardPlan, ...]:
+    """Tensors in the base's order, a new file wherever the next one would pass the limit."""
+    groups: list[list[TensorPlan]] = []
+    size = 0
+    for tensor in tensors:
+        nbytes = _output_bytes(tensor)
+        if not groups or (groups[-1] and size + nbytes > limit):
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += nbytes
+    if len(groups) == 1:
+        return (ShardPlan(filename="model.safetensors", tensors=tuple(groups[0])),)
+    return tuple(
+        ShardPlan(
+            filename=f"model-{number:05d}-of-{len(groups):05d}.safetensors",
+            tensors=tuple(group),
+        )
+        for number, group in enumerate(groups, start=1)
+    )
+
+
+def _output_bytes(tensor: TensorPlan) -> int:
+    return math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+
+
+def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
+    touched = [tensor for tensor in tensors if tensor.contributions]
+    largest = 0
+    for tensor in touched:
+        count = math.prod(tensor.shape)
+        deltas = min(4 * count * len(tensor.contributions), DELTA_BUFFER_BYTES)
+        factors = sum(
+            4 * (math.prod(item.lora.A.shape) + math.prod(item.lora.B.shape))
+            for item in tensor.contributions
+            if item.lora
+        )
+        largest = max(largest, deltas + factors)
+    return Estimates(
+        output_bytes=sum(_output_bytes(tensor) for tensor in tensors),
+        peak_memory_bytes=PROCESS_BYTES + largest,
+        tensors=len(tensors),
+        tensors_touched=len(touched),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        parameters_touched=sum(math.prod(tensor.shape) for tensor in touched),
+    )
+
+
+def documents_of(
+    base: ModelSource, file_dtype: str | None
+) -> tuple[dict[str, Mapping[str, Any]], tuple[SourceFile, ...]]:
+    """config.json with the output's dtype, and companions; `auto_map` names code, so it goes (CVE-2025-66448)."""
+    config = {key: value for key, value in base.config.items() if key != "auto_map"}
+    if file_dtype:
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+        config.update(dict.fromkeys(keys, LIBRARY_DTYPES[file_dtype]))
+    documents: dict[str, Mapping[str, Any]] = {"config.json": config}
+    companions = []
+    for file in base.companions:
+        if file.name.endswith("_config.json"):
+            value = read_json(file.path, base.reference)
+            if "auto_map" in value:
+                documents[file.name] = {key: item for key, item in value.items() if key != "auto_map"}
+                continue
+        companions.append(file)
+    return documents, tuple(companions)
