@@ -12,7 +12,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.artifacts.manifest import MANIFEST_NAME, StoredFile
-from app.planning.plan import Contribution, Plan, PlannedSource, ShardPlan
+from app.planning.plan import Plan, PlannedSource, ShardPlan
 from app.records.job import Event, Job, Stage, Status
 from app.sources.catalogue import CatalogueEntry
 from app.sources.safetensors import DTYPE_BYTES
@@ -231,10 +231,10 @@ class MergePlan(Document):
                 name=tensor.name,
                 shape=list(tensor.shape),
                 dtype=tensor.dtype,
-                sources=[part.source for part in tensor.contributions if _changes(part)],
+                sources=[part.source for part in tensor.contributions if part.changes],
             )
             for tensor in plan.tensors
-            if any(_changes(part) for part in tensor.contributions)
+            if any(part.changes for part in tensor.contributions)
         ]
         return cls(
             method=plan.method,
@@ -368,10 +368,6 @@ def _artifact(artifact: Mapping[str, Any] | None) -> ArtifactSummary | None:
         return None
     names = {file["name"] for file in artifact["files"]} | {MANIFEST_NAME}
     return ArtifactSummary(size=artifact["size"], files=len(names), manifest_sha256=artifact["manifest_sha256"])
-
-
-def _changes(part: Contribution) -> bool:
-    return part.full is not None or part.lora is not None
 
 
 def _shard(shard: ShardPlan) -> PlannedShard:

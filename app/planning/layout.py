@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.planning.parameters import Levels
-from app.planning.plan import LoraFactors
+from app.planning.plan import LoraFactors, ScaledTensor
 from app.planning.resolving import Resolved, ResolvedSource
 from app.recipe import Recipe
 from app.recipe.values import Position, layer_of
@@ -21,11 +21,12 @@ class SlotSource:
     source: int  # index into Resolved.sources
     full: StoredTensor | None
     lora: LoraFactors | None
+    added: ScaledTensor | None
     levels: Levels
 
     @property
     def changes(self) -> bool:
-        return self.full is not None or self.lora is not None
+        return self.full is not None or self.lora is not None or self.added is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +67,13 @@ def lay_out(recipe: Recipe, resolved: Resolved) -> tuple[Slot, ...]:
 def _sources(sources: Sequence[ResolvedSource], name: str) -> list[SlotSource]:
     found = []
     for index, source in enumerate(sources):
-        full = source.model.tensors.get(name) if source.model else None
-        lora = None
+        full: StoredTensor | None = source.model.tensors.get(name) if source.model else None
+        lora, added = None, None
         if source.adapter:
-            lora = source.adapter.factors.get(name)
+            lora, added = source.adapter.factors.get(name), source.adapter.added.get(name)
             full = source.adapter.saved.get(name, full)
-        found.append(SlotSource(source=index, full=full, lora=lora, levels=(source.entry.parameters,)))
+        levels = (source.entry.parameters,)
+        found.append(SlotSource(source=index, full=full, lora=lora, added=added, levels=levels))
     return found
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from app.errors import MergeyardError, Problem
-from app.planning.plan import LoraFactors
-from app.sources.safetensors import FLOATS
-from app.sources.source import AdapterSource, LoraModule, ModelSource, TensorSpec
+from app.planning.fitting import Target, fit_parameters, names_of_module
+from app.planning.naming import SHOWN, Naming, Part, name_in, some
+from app.planning.plan import LoraFactors, ScaledTensor
+from app.sources.safetensors import DTYPE_BYTES, FLOATS
+from app.sources.source import AdapterSource, LoraModule, ModelSource, StoredTensor, TensorSpec, TokenRows, gathered
 
-# Where transformers stores weights as (in, out) in its Conv1D module, by model type; a square matrix shows nothing.
-CONV1D_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3"})
-CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 HEADS = frozenset({"lm_head", "embed_out"})
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"})
-SHOWN = 5
+WITH_HEADS = ("ForCausalLM", "LMHead", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining", "DoubleHeads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +30,15 @@ class ModelMatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterMatch:
-    """An adapter's factors and saved tensors under the base's names."""
+    """What an adapter changes, under the base's names: ΔW of factors, tensors it replaces, and what it adds.
+
+    ``saved`` has the base's shape but for a grown vocabulary, which has more rows.
+    """
 
     source: AdapterSource
     factors: Mapping[str, LoraFactors]
-    saved: Mapping[str, TensorSpec]
+    saved: Mapping[str, StoredTensor]
+    added: Mapping[str, ScaledTensor]
 
 
 def match_model(model: ModelSource, base: ModelSource) -> ModelMatch:
@@ -44,10 +49,10 @@ def match_model(model: ModelSource, base: ModelSource) -> ModelMatch:
     if model.config.get("tie_word_embeddings"):
         extra = [name for name in extra if name != "lm_head.weight"]  # a tied head saved twice
     if missing:
-        message = f"{model.reference} lacks {_some(missing)}, which the base has."
+        message = f"{model.reference} lacks {some(missing)}, which the base has."
         problems.append(Problem(code="model_mismatch", message=message))
     if extra:
-        message = f"{model.reference} has {_some(extra)}, which the base lacks."
+        message = f"{model.reference} has {some(extra)}, which the base lacks."
         problems.append(Problem(code="model_mismatch", message=message))
     for name, spec in base.tensors.items():
         own = model.tensors.get(name)
@@ -65,120 +70,196 @@ def match_model(model: ModelSource, base: ModelSource) -> ModelMatch:
     return ModelMatch(source=model, tensors=model.tensors)
 
 
-def match_adapter(adapter: AdapterSource, base: ModelSource) -> AdapterMatch:
-    """Raises MergeyardError `adapter_mismatch` (unmatched modules, shapes) or `adapter_unsupported` (half of a tie)."""
-    modules = {f"{module.module}.weight": module for module in adapter.modules}
-    saved = dict(adapter.saved)
-    if is_tied(base) and adapter.config.get("ensure_weight_tying") and "lm_head.weight" not in base.tensors:
-        saved.pop("lm_head.weight", None)  # the embedding again, which the adapter saved too
-    renamed = _renaming([*modules, *saved], base)
-    modules = {renamed(name): module for name, module in modules.items()}
-    saved = {renamed(name): spec for name, spec in saved.items()}
-    _refuse_half_of_a_tie(adapter, base, [*modules, *saved])
+def match_adapter(adapter: AdapterSource, base: ModelSource, on: Mapping[str, TensorSpec]) -> AdapterMatch:
+    """Fit an adapter to the base's names; ``on`` are the tensors of the model that it sits on, by those names.
 
-    problems = []
-    unmatched = [name for name in (*modules, *saved) if name not in base.tensors]
-    if unmatched:
-        names = [name for name in base.tensors if name.endswith(".weight")]
-        message = (
-            f"{adapter.reference} changes {_some(unmatched)}, which the base does not have; "
-            f"the base has {_some(names)}. Is it an adapter for another model?"
-        )
-        problems.append(Problem(code="adapter_mismatch", message=message))
-    factors = {}
-    for name, module in modules.items():
-        if name in base.tensors:
-            fitted = _fit(module, base.tensors[name], adapter, base)
-            if isinstance(fitted, Problem):
-                problems.append(fitted)
-            else:
-                factors[name] = fitted
+    Raises:
+        MergeyardError: what `name_in` and `fit_parameters` raise, `adapter_shape`, `adapter_vocabulary`,
+            `adapter_tied_head` (half of a tie), up to five at once.
+    """
+    _refuse_half_of_a_tie(adapter, base)
+    modules, saved = list(adapter.modules), dict(adapter.saved)
+    if is_tied(base) and "lm_head.weight" not in base.tensors:
+        # trained as one: the embedding again, which the adapter holds too
+        modules = [module for module in modules if module.module != "lm_head"]
+        saved.pop("lm_head.weight", None)
+    biased = [module for module in modules if module.bias is not None]
+    wanted = [
+        *(names_of_module(module) for module in modules),
+        *((f"{module.module}.bias",) for module in biased),
+        *((name,) for name in saved),
+        *((f"{rows.module}.weight",) for rows in adapter.tokens),
+    ]
+    naming = name_in(base, wanted, adapter.reference)
+
+    problems: list[Problem] = []
+    factors: dict[str, LoraFactors] = {}
+    replaced: dict[str, StoredTensor] = {}
+    added: dict[str, ScaledTensor] = {}
+    for same_module in _by_name(modules):
+        with _collecting(problems):
+            targets = [target for name in names_of_module(same_module[0]) if (target := _target(naming, name))]
+            factors |= fit_parameters(same_module, targets, adapter, base)
+    for module in biased:
+        with _collecting(problems):
+            name, tensor = _added_bias(module, naming, base, adapter)
+            added[name] = tensor
     for name, spec in saved.items():
-        if name in base.tensors and spec.shape != base.tensors[name].shape:
-            message = (
-                f"{name} was saved as {list(spec.shape)} in {adapter.reference} and is "
-                f"{list(base.tensors[name].shape)} in the base; merge onto the base it was trained with "
-                "(a grown vocabulary is not supported yet)."
-            )
-            problems.append(Problem(code="adapter_mismatch", message=message))
+        with _collecting(problems):
+            replaced |= _replaced(name, spec, naming, base, adapter)
+    for rows in adapter.tokens:
+        with _collecting(problems):
+            name, tensor_of_rows = _with_rows(rows, naming, on, adapter)
+            if name in factors or name in replaced:
+                message = f"{adapter.reference} trained tokens of {name}, and changes all of it by other means too."
+                raise MergeyardError("adapter_invalid", message)
+            replaced[name] = tensor_of_rows
     if problems:
         raise MergeyardError.of(problems[:SHOWN])
-    return AdapterMatch(source=adapter, factors=factors, saved=saved)
+    for embedding, head in _tied_copies(base):
+        if head not in factors and embedding in factors:
+            factors[head] = factors[embedding]
+        if head not in replaced and embedding in replaced:
+            replaced[head] = replaced[embedding]
+    return AdapterMatch(source=adapter, factors=factors, saved=replaced, added=added)
 
 
-def _renaming(names: list[str], base: ModelSource) -> Callable[[str], str]:
-    """How the adapter's names become the base's: as they are, or by one prefix added to or taken from all of them.
-
-    Checkpoints and adapters may disagree on it: GPT-2 as published says ``h.0``, an adapter ``transformer.h.0``. Only
-    a prefix that makes every name match is taken, and only if no other does.
-    """
-    if all(name in base.tensors for name in names):
-        return str
-    found: list[Callable[[str], str]] = []
-    own = {name.partition(".")[0] for name in names}
-    if len(own) == 1:
-        (first,) = own
-        if all(name.removeprefix(f"{first}.") in base.tensors for name in names):
-            found.append(partial(_without, f"{first}."))
-    for prefix in {name.partition(".")[0] for name in base.tensors}:
-        if all(f"{prefix}.{name}" in base.tensors for name in names):
-            found.append(f"{prefix}.".__add__)
-    return found[0] if len(found) == 1 else str
+@contextlib.contextmanager
+def _collecting(problems: list[Problem]) -> Iterator[None]:
+    try:
+        yield
+    except MergeyardError as error:
+        problems.extend(error.problems)
 
 
-def _without(prefix: str, name: str) -> str:
-    return name.removeprefix(prefix)
+def _by_name(modules: Sequence[LoraModule]) -> Iterable[list[LoraModule]]:
+    """Factors of several parameters of one module stand together."""
+    found: dict[str, list[LoraModule]] = defaultdict(list)
+    for module in modules:
+        found[module.module].append(module)
+    return found.values()
 
 
-def _fit(module: LoraModule, spec: TensorSpec, adapter: AdapterSource, base: ModelSource) -> LoraFactors | Problem:
-    if spec.dtype not in FLOATS:
-        message = f"{spec.name} is {spec.dtype} in the base; packed weights cannot take an adapter."
-        return Problem(code="adapter_mismatch", message=message)
-    rows, columns = module.B.shape[0], module.A.shape[1]
-    transposed = is_conv1d(module.module, base) or (
-        adapter.fan_in_fan_out and spec.shape == (columns, rows) and rows != columns
-    )
-    wanted = (columns, rows) if transposed else (rows, columns)
-    if spec.shape != wanted:
+def _target(naming: Naming, name: str) -> Target | None:
+    whole = naming.find(name)
+    return None if whole is None else Target(name.rpartition(".")[2], whole)
+
+
+def _added_bias(
+    module: LoraModule, naming: Naming, base: ModelSource, adapter: AdapterSource
+) -> tuple[str, ScaledTensor]:
+    whole = naming.find(f"{module.module}.bias")
+    assert whole is not None and module.bias is not None  # name_in found it
+    if base.tensors[whole.name].shape != module.bias.shape:
+        raise _other_shape(whole.name, module.bias, base.tensors[whole.name].shape, adapter)
+    return whole.name, ScaledTensor(tensor=module.bias, scale=module.scalings["weight"].scale)
+
+
+def _replaced(
+    name: str, spec: TensorSpec, naming: Naming, base: ModelSource, adapter: AdapterSource
+) -> dict[str, StoredTensor]:
+    """A saved tensor by the base's names: as it is, or cut into those of the experts that it holds together."""
+    whole = naming.find(name)
+    assert whole is not None  # name_in found it
+    if whole.parts:
+        if spec.shape != whole.shape:
+            raise _other_shape(name, spec, whole.shape, adapter)
+        return {part.name: _rows_of(spec, part, base.tensors[part.name].shape) for part in whole.parts}
+    grown = is_vocabulary(whole.name) and len(spec.shape) == len(whole.shape) and spec.shape[1:] == whole.shape[1:]
+    if spec.shape == whole.shape or (grown and spec.shape[0] > whole.shape[0]):
+        return {whole.name: spec}
+    if grown:
         message = (
-            f"{adapter.reference} changes {spec.name} as {list(wanted)} and the base has {list(spec.shape)}; "
-            "it is an adapter for another base."
+            f"{adapter.reference} saved {name} for {spec.shape[0]} tokens and the base has {whole.shape[0]}; merge "
+            "onto the base that it was trained with."
         )
-        return Problem(code="adapter_mismatch", message=message)
-    return LoraFactors(A=module.A, B=module.B, scale=module.scale, transposed=transposed)
+        raise MergeyardError("adapter_vocabulary", message)
+    raise _other_shape(name, spec, whole.shape, adapter)
 
 
-def is_conv1d(module: str, base: ModelSource) -> bool:
-    """Whether transformers stores this module's weight as (in, out)."""
-    return base.config.get("model_type") in CONV1D_MODEL_TYPES and module.rpartition(".")[2] in CONV1D_MODULES
+def _rows_of(spec: TensorSpec, part: Part, shape: tuple[int, ...]) -> TensorSpec:
+    """Some rows of one expert, where they lie in the tensor (experts, rows, columns) that holds all of them."""
+    width = DTYPE_BYTES[spec.dtype]
+    first = (part.expert * spec.shape[1] + part.first_row) * spec.shape[2]
+    return replace(spec, shape=shape, offset=spec.offset + first * width, nbytes=math.prod(shape) * width)
+
+
+def _with_rows(
+    rows: TokenRows, naming: Naming, on: Mapping[str, TensorSpec], adapter: AdapterSource
+) -> tuple[str, StoredTensor]:
+    """The embedding that an adapter sits on, with the rows of its tokens in their places."""
+    whole = naming.find(f"{rows.module}.weight")
+    assert whole is not None  # name_in found it
+    spec = on[whole.name]
+    if len(spec.shape) != 2 or spec.shape[1] != rows.rows.shape[1]:
+        raise _other_shape(whole.name, rows.rows, spec.shape, adapter)
+    if max(rows.indices) >= spec.shape[0]:
+        message = (
+            f"{adapter.reference} trained token {max(rows.indices)} and the base has {spec.shape[0]}; save the base "
+            "with its embedding resized as it was for the training."
+        )
+        raise MergeyardError("adapter_vocabulary", message)
+    places = {token: row for row, token in enumerate(rows.indices)}
+    tensor = gathered(
+        spec.name,
+        (((rows.rows, places[token]),) if token in places else ((spec, token),) for token in range(spec.shape[0])),
+        spec.shape[1:],
+    )
+    return whole.name, tensor
+
+
+def _other_shape(name: str, spec: TensorSpec, wanted: Sequence[int], adapter: AdapterSource) -> MergeyardError:
+    message = (
+        f"{name} is {list(spec.shape)} in {adapter.reference} and {list(wanted)} in the base; merge onto the base it "
+        "was trained with."
+    )
+    return MergeyardError("adapter_shape", message)
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return _last(name) in EMBEDDINGS | HEADS and name.endswith(".weight")
 
 
 def is_tied(base: ModelSource) -> bool:
     """Whether the embedding is the output head too. Where the config is silent: a model without a head is."""
+    architectures = [str(name) for name in base.config.get("architectures") or ()]
+    if architectures and not any(part in name for name in architectures for part in WITH_HEADS):
+        return False  # a classifier's config says that embeddings are tied, and there is nothing to tie them to
     stated = base.config.get("tie_word_embeddings")
     if stated is not None:
         return bool(stated)
-    causal = any("ForCausalLM" in str(name) for name in base.config.get("architectures") or ())
+    causal = any("ForCausalLM" in name for name in architectures)
     return causal and not any(_last(name) in HEADS for name in base.tensors)
 
 
-def _refuse_half_of_a_tie(adapter: AdapterSource, base: ModelSource, changed: Iterable[str]) -> None:
+def _tied_copies(base: ModelSource) -> Iterator[tuple[str, str]]:
+    """Embedding and head of a tied checkpoint that stores them both."""
+    if not is_tied(base):
+        return
+    heads = [name for name in base.tensors if _last(name) in HEADS]
+    embeddings = [name for name in base.tensors if _last(name) in EMBEDDINGS]
+    for head in heads:
+        for embedding in embeddings:
+            if base.tensors[head].shape == base.tensors[embedding].shape:
+                yield embedding, head
+
+
+def _refuse_half_of_a_tie(adapter: AdapterSource, base: ModelSource) -> None:
     """Embedding and head of a tied checkpoint are one; an adapter that trained one of them would change both."""
     if not is_tied(base) or adapter.config.get("ensure_weight_tying"):
         return
-    halves = [name for name in changed if _last(name) in EMBEDDINGS | HEADS]
-    if len(halves) == 1:
+    names = [*(module.module for module in adapter.modules), *adapter.saved]
+    halves = [name for name in names if _last(name) in EMBEDDINGS | HEADS]
+    if halves:
+        apart = " alone" if len(halves) == 1 else ", each by itself"
         message = (
-            f"{adapter.reference} trained {halves[0]} alone, and the base ties embedding and output head; merging "
-            "would change both. Train with ensure_weight_tying, or untie the base first."
+            f"{adapter.reference} trained {' and '.join(halves)}{apart}, and the base ties embedding and output head; "
+            "merging would change both. Train with ensure_weight_tying, or untie the base first: store "
+            "lm_head.weight in it, and `tie_word_embeddings: false` in its config."
         )
-        raise MergeyardError("adapter_unsupported", message)
+        raise MergeyardError("adapter_tied_head", message)
 
 
 def _last(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.planning.plan import Estimates, ShardPlan, TensorPlan
+from app.planning.plan import Estimates, LoraFactors, ShardPlan, TensorPlan
 from app.sources.models import read_json
 from app.sources.safetensors import DTYPE_BYTES
 from app.sources.source import ModelSource, SourceFile
 
 DELTA_BUFFER_BYTES = 512_000_000  # the engine keeps one tensor's Δ of every source up to here, else it recomputes
+EXPERT_FACTOR_BYTES = 256_000_000  # the engine keeps experts' factors up to here, where each has its own tensor
 PROCESS_BYTES = 450_000_000  # what a worker holds before it merges anything: torch, Numba
 LIBRARY_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -48,11 +49,7 @@ def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
     for tensor in touched:
         count = math.prod(tensor.shape)
         deltas = min(4 * count * len(tensor.contributions), DELTA_BUFFER_BYTES)
-        factors = sum(
-            4 * (math.prod(item.lora.A.shape) + math.prod(item.lora.B.shape))
-            for item in tensor.contributions
-            if item.lora
-        )
+        factors = sum(_factor_bytes(item.lora) for item in tensor.contributions if item.lora)
         largest = max(largest, deltas + factors)
     return Estimates(
         output_bytes=sum(_output_bytes(tensor) for tensor in tensors),
@@ -62,6 +59,17 @@ def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         parameters_touched=sum(math.prod(tensor.shape) for tensor in touched),
     )
+
+
+def _factor_bytes(lora: LoraFactors) -> int:
+    """In float32. Experts' are rearranged once, and those of several tensors are kept for the tensors that follow."""
+    values = math.prod(lora.A.shape) + math.prod(lora.B.shape)
+    if lora.experts > 1:
+        kept = EXPERT_FACTOR_BYTES if lora.expert is not None else 0
+        return 4 * 2 * values + kept
+    if lora.magnitude is not None:
+        values += 4 * math.prod(lora.magnitude.shape)  # with norms in float64
+    return 4 * values
 
 
 def documents_of(

@@ -14,19 +14,54 @@ Scalar = float | int | bool | str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraFactors:
-    """ΔW = scale · B·A, transposed where the base stores (in, out), as GPT-2's Conv1D does."""
+    """ΔW = scale · B·A of one tensor, as PEFT stores the factors.
 
-    A: TensorSpec  # (r, in)
-    B: TensorSpec  # (out, r)
+    The tensor is seen as a matrix of its first axis by all others (a convolution's, too), or as ``experts`` matrices
+    along its first axis. A is (r, in…), B (out, r…); ``transposed`` where the tensor is (in, out), as GPT-2's Conv1D
+    and embeddings are. With experts, A is (experts·r, in), rows expert by expert, and B (out, r·experts), the expert
+    varying fastest. Where a checkpoint stores experts one by one, ``expert`` is the tensor's and ``first_row`` the
+    row of the expert's ΔW that is its first.
+
+    AdaLoRA: B·diag(E)·A with E = ``singular_values`` (r, 1), over the saved ``rank_count`` + 1e-5 where there is one.
+    DoRA: m ⊙ (W + scale·B·A) / ‖W + scale·B·A‖ - W with m = ``magnitude``, one for each output, and W the tensor of the
+    model that the adapter sits on.
+    """
+
+    A: TensorSpec
+    B: TensorSpec
     scale: float
     transposed: bool
+    experts: int = 1
+    expert: int | None = None
+    first_row: int = 0
+    singular_values: TensorSpec | None = None
+    rank_count: TensorSpec | None = None
+    magnitude: TensorSpec | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether ΔW is no more than scale·B·A (or its transpose) of two matrices."""
+        only = self.singular_values is None and self.rank_count is None and self.magnitude is None
+        return only and self.experts == 1 and len(self.A.shape) == 2
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0] // self.experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledTensor:
+    """What is added as it is: ``scale`` · ``tensor``, of the shape of what it is added to."""
+
+    tensor: TensorSpec
+    scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
-    """What one source changes in one tensor: δ = (full - base, where ``full`` is given) + ΔW of ``lora``.
+    """What one source changes in one tensor: δ = (full - base, where ``full`` is given) + ΔW of ``lora`` + ``added``.
 
-    With neither, δ is zero and still counts as a source (``linear`` and normalised ``task_arithmetic``
+    Without any, δ is zero and still counts as a source (``linear`` and normalised ``task_arithmetic``
     depend on it). ``parameters`` are the source's own, already resolved to this tensor: ``weight``, ``density``.
     """
 
@@ -34,6 +69,11 @@ class Contribution:
     full: StoredTensor | None
     lora: LoraFactors | None
     parameters: Mapping[str, float]
+    added: ScaledTensor | None = None
+
+    @property
+    def changes(self) -> bool:
+        return self.full is not None or self.lora is not None or self.added is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

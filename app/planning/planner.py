@@ -61,8 +61,10 @@ def _tensor(recipe: Recipe, slot: Slot, problems: list[Problem]) -> TensorPlan:
         if not source.changes and spec.sign_elected:
             continue  # takes no part in this tensor (merging-maths)
         own = source_parameters(recipe.merge_method, (*source.levels, *slot.levels), slot.position)
-        contributions.append(Contribution(source=source.source, full=source.full, lora=source.lora, parameters=own))
-    touched = any(item.full or item.lora for item in contributions)
+        contributions.append(
+            Contribution(source=source.source, full=source.full, lora=source.lora, added=source.added, parameters=own)
+        )
+    touched = any(item.changes for item in contributions)
     parameters = tensor_parameters(recipe.merge_method, slot.levels, slot.position)
     # Sources that change nothing still scale the base where a linear merge is not normalised.
     scaled = recipe.merge_method == "linear" and parameters["normalize"] is False and slot.floating

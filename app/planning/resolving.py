@@ -110,7 +110,7 @@ def _resolve(entry: SourceEntry, where: str, base: ModelSource, resolver: Resolv
             model = match_model(resolver.model(model_text), base)
     adapter: AdapterMatch | None = None
     if adapter_text is not None:
-        adapter = match_adapter(resolver.adapter(adapter_text), base)
+        adapter = match_adapter(resolver.adapter(adapter_text), base, on=model.tensors if model else base.tensors)
         reference = adapter.source.reference
         canonical = {"model": f"{canonical['model']}+{reference}"} if model else {"adapter": reference}
     return ResolvedSource(entry=entry, where=where, model=model, adapter=adapter, canonical=canonical)

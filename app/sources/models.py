@@ -29,7 +29,7 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
 
     Raises:
         MergeyardError: `source_not_found` (no weights, no config, a missing shard), `pickle_refused`,
-            `source_format`, `not_supported` (quantised or packed weights); an adapter folder is `reference_invalid`.
+            `source_format`, `model_quantized` (also packed weights); an adapter folder is `reference_invalid`.
     """
     if "adapter_config.json" in files and "config.json" not in files:
         raise MergeyardError(
@@ -40,7 +40,7 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
     config = read_json(files["config.json"], reference)
     if config.get("quantization_config"):
         message = f"{reference} is quantised; merge into the unquantised weights and quantise the result"
-        raise MergeyardError("not_supported", message)
+        raise MergeyardError("model_quantized", message)
     tensors: dict[str, TensorSpec] = {}
     shards = []
     names, indexed = _shards(files, reference)
@@ -98,7 +98,7 @@ def _refuse_packed(tensors: Iterable[TensorSpec], reference: str) -> None:
         packed = tensor.dtype not in FLOATS and len(tensor.shape) > 1 and tensor.name.endswith("weight")
         if packed or tensor.dtype.startswith("F8"):
             message = f"{reference} stores {tensor.name} as {tensor.dtype}; merge into weights of 16 bits or more"
-            raise MergeyardError("not_supported", message)
+            raise MergeyardError("model_quantized", message)
 
 
 def _shards(files: Mapping[str, Path], reference: str) -> tuple[list[str], Iterable[str]]:

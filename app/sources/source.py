@@ -103,19 +103,51 @@ class ModelSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraModule:
-    """The factors of one adapted module: A (r, in), B (out, r), ΔW = scale · B·A in float32."""
+class Scaling:
+    """What an adapter's config says of one parameter: its rank, and the factor of B·A."""
 
-    module: str
-    A: TensorSpec
-    B: TensorSpec
+    rank: float
     scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSource:
-    """A PEFT adapter: its LoRA modules, and the tensors ``modules_to_save`` replaced outright.
+class LoraModule:
+    """The factors of one adapted module, ΔW = scale · B·A in float32, as PEFT names and shapes them.
 
+    A (r, in) and B (out, r) of a linear layer; A (r, in, k…) and B (out, r, 1…) of a convolution; A (r, V) and B (d, r)
+    of an ``embedding``, whose ΔW is transposed; A (experts·r, in) and B (out, r·experts) of a parameter of experts.
+    ``magnitude`` is DoRA's m, ``bias`` that of B (``lora_bias``). AdaLoRA has ``singular_values`` E (r, 1), and
+    divides by ``rank_count`` (1,) where that was saved.
+
+    ``scalings`` are of the parameters these factors may belong to, by name inside the module: ``weight``, or with
+    ``target_parameters`` those that the config names; which of them it is, only the base's shapes tell.
+    """
+
+    module: str
+    A: TensorSpec
+    B: TensorSpec
+    scalings: Mapping[str, Scaling]
+    embedding: bool = False
+    magnitude: TensorSpec | None = None
+    bias: TensorSpec | None = None
+    singular_values: TensorSpec | None = None
+    rank_count: TensorSpec | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRows:
+    """Rows that replace those of an embedding, row i the one of token ``indices[i]``: ``rows`` (tokens, d)."""
+
+    module: str
+    indices: tuple[int, ...]
+    rows: TensorSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSource:
+    """A PEFT adapter: its LoRA modules, and the tensors that were saved outright.
+
+    ``saved`` holds what ``modules_to_save`` and ``bias`` replaced, ``tokens`` what ``trainable_token_indices`` did.
     Module names are the adapter's own, with PEFT's wrapping prefixes stripped.
     """
 
@@ -123,6 +155,7 @@ class AdapterSource:
     config: Mapping[str, Any]
     modules: tuple[LoraModule, ...]
     saved: Mapping[str, TensorSpec]
+    tokens: tuple[TokenRows, ...]
     fan_in_fan_out: bool
     files: tuple[SourceFile, ...]
 

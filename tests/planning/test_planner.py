@@ -202,7 +202,7 @@ def test_a_missing_base_has_its_place(root: Path) -> None:
 def test_an_adapter_of_another_width_is_refused(root: Path) -> None:
     wide = {name: torch.zeros(2, 16) if "lora_A" in name else value for name, value in lora_tensors().items()}
     write_adapter(root / "sql", wide)
-    assert {code for code, _ in problems_of(root)} == {"adapter_mismatch"}
+    assert {code for code, _ in problems_of(root)} == {"adapter_shape"}
 
 
 def test_unmatched_modules_show_both_sides(root: Path) -> None:
@@ -224,7 +224,7 @@ def test_another_models_tensors_are_refused(root: Path) -> None:
 def test_half_of_a_tie_is_refused(root: Path) -> None:
     tensors = {**lora_tensors(), "base_model.model.model.embed_tokens.weight": torch.zeros(16, 8)}
     write_adapter(root / "sql", tensors, modules_to_save=["embed_tokens"])
-    assert problems_of(root) == [("adapter_unsupported", "models[0].adapter")]
+    assert problems_of(root) == [("adapter_tied_head", "models[0].adapter")]
     write_adapter(root / "sql", tensors, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     assert tensor(plan_of(root), "model.embed_tokens.weight").contributions[0].full
 
@@ -238,7 +238,7 @@ LM_HEAD = {
 def test_a_head_stored_beside_its_embedding_is_still_tied(root: Path) -> None:
     write_model(root / "base", {**llama_tensors(), "lm_head.weight": torch.zeros(16, 8)}, tie_word_embeddings=True)
     write_adapter(root / "sql", LM_HEAD)
-    assert problems_of(root) == [("adapter_unsupported", "models[0].adapter")]
+    assert problems_of(root) == [("adapter_tied_head", "models[0].adapter")]
 
 
 def test_an_untied_head_takes_an_adapter(root: Path) -> None:
@@ -271,7 +271,7 @@ def test_one_prefix_between_checkpoint_and_adapter_is_bridged(root: Path, prefix
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
 def test_packed_weights_are_refused(root: Path, dtype: torch.dtype) -> None:
     write_model(root / "tuned", {**llama_tensors(), Q: torch.zeros(8, 8).to(dtype)})
-    assert problems_of(root, models=[{"model": "tuned"}]) == [("not_supported", "models[0].model")]
+    assert problems_of(root, models=[{"model": "tuned"}]) == [("model_quantized", "models[0].model")]
 
 
 def test_an_index_that_names_a_lost_tensor_is_refused(root: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_missing_shard_is_named(root: Path) -> None:
 
 def test_a_quantised_base_is_refused(root: Path) -> None:
     write_model(root / "base", quantization_config={"bits": 4})
-    assert problems_of(root) == [("not_supported", "base_model")]
+    assert problems_of(root) == [("model_quantized", "base_model")]
 
 
 def test_a_whole_model_trim_needs_one_density(root: Path) -> None:

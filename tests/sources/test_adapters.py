@@ -17,7 +17,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def scales(folder: Path) -> dict[str, float]:
-    return {module.module: module.scale for module in load_adapter(listing(folder), "x").modules}
+    return {module.module: module.scalings["weight"].scale for module in load_adapter(listing(folder), "x").modules}
 
 
 def test_plain_lora_scales_by_alpha_over_r(tmp_path: Path) -> None:
@@ -53,54 +53,93 @@ def test_saved_modules_keep_their_plain_name(tmp_path: Path) -> None:
     assert list(adapter.saved) == ["score.weight"]
 
 
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "biases"),
-        ({"bias": "all"}, "biases"),
-        ({"peft_type": "ADALORA"}, "ADALORA"),
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"trainable_token_indices": [1]}, "trainable tokens"),
-        ({"target_parameters": ["experts"]}, "raw parameters"),
-        ({"alora_invocation_tokens": [1]}, "aLoRA"),
-        ({"arrow_config": {"x": 1}}, "Arrow"),
-        ({"kasa_config": {"x": 1}}, "KaSA"),
-        ({"use_qalora": True}, "QA-LoRA"),
-        ({"monteclora_config": {"x": 1}}, "MonteCLoRA"),
-        ({"layer_replication": [[0, 1]]}, "replicated"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"init_lora_weights": "loftq"}, "loftq"),
-        ({"from_the_future": 3}, "from_the_future"),
-    ],
-)
-def test_other_kinds_are_refused_by_name(tmp_path: Path, config: dict[str, Any], said: str) -> None:
-    with pytest.raises(MergeyardError, match=said) as caught:
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "aLoRA": ({"alora_invocation_tokens": [1]}, "adapter_alora", "serve it beside the model"),
+    "X-LoRA": ({"peft_type": "XLORA"}, "adapter_xlora", "merge the adapters it was made of"),
+    "Arrow": ({"arrow_config": {"top_k": 1}}, "adapter_arrow", "merge the adapters it routes to"),
+    "KaSA": ({"kasa_config": {"beta": 1}}, "adapter_kasa", "let PEFT merge it"),
+    "QA-LoRA": ({"use_qalora": True}, "adapter_qalora", "train a plain LoRA"),
+    "MonteCLoRA": ({"monteclora_config": {"num_samples": 1}}, "adapter_monteclora", "let PEFT merge it"),
+    "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, "adapter_bdlora", "let PEFT merge it"),
+    "replicated layers": ({"layer_replication": [[0, 1]]}, "adapter_layer_replication", "save the replicated model"),
+    "raw PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "adapter_raw_init", "path_initial_model_for_weight"),
+    "raw OLoRA": ({"init_lora_weights": "olora"}, "adapter_raw_init", "path_initial_model_for_weight"),
+    "raw CorDA": ({"init_lora_weights": "corda"}, "adapter_raw_init", "path_initial_model_for_weight"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, "adapter_loftq", "merge it into that base with PEFT"),
+    "another start": ({"init_lora_weights": "tomorrow"}, "adapter_unsupported", "let PEFT merge"),
+    "a field nobody knows": ({"from_the_future": 3}, "adapter_unsupported", "from_the_future"),
+    **{
+        kind: ({"peft_type": kind}, "adapter_peft_type", f"of the type {kind}")
+        for kind in ("IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "PROMPT_TUNING", "LN_TUNING", "TRAINABLE_TOKENS")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_kinds_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    config, code, advice = REFUSED[kind]
+    with pytest.raises(MergeyardError) as caught:
         load_adapter(listing(write_adapter(tmp_path, **config)), "x")
-    assert caught.value.code == "adapter_unsupported"
+    assert caught.value.code == code
+    assert advice in caught.value.message
+
+
+def test_fields_nobody_knows_are_fine_where_they_say_nothing(tmp_path: Path) -> None:
+    assert len(scales(write_adapter(tmp_path, from_the_future=None, also=False, and_this=[], arrow_config=None))) == 4
 
 
 @pytest.mark.parametrize(
-    ("extra", "code"),
+    ("config", "extra", "code"),
     [
-        ({f"{KEY}.lora_magnitude_vector": (8,)}, "adapter_unsupported"),
-        ({"base_model.model.embed.lora_embedding_A": (2, 8)}, "adapter_unsupported"),
-        ({f"{KEY}.lora_B.bias": (8,)}, "adapter_unsupported"),
-        ({f"{KEY}.lora_C.weight": (8,)}, "adapter_invalid"),
-        ({"base_model.model.stray.weight": (8,)}, "adapter_invalid"),
-        ({"base_model.model.lonely.lora_A.weight": (2, 8)}, "adapter_invalid"),
+        ({}, {f"{KEY}.lora_magnitude_vector": (8,)}, "adapter_invalid"),
+        ({}, {f"{KEY}.lora_B.bias": (8,)}, "adapter_invalid"),
+        ({}, {f"{KEY}.lora_E": (2, 1)}, "adapter_invalid"),
+        ({}, {f"{KEY}.lora_C.weight": (8,)}, "adapter_leftover"),
+        ({}, {"base_model.model.stray.weight": (8,)}, "adapter_leftover"),
+        ({}, {"base_model.model.norm.bias": (8,)}, "adapter_leftover"),
+        ({}, {"base_model.model.lonely.lora_A.weight": (2, 8)}, "adapter_incomplete"),
+        ({}, {"base_model.model.lonely.lora_embedding_B": (8, 2)}, "adapter_incomplete"),
+        ({"use_dora": True}, {}, "adapter_incomplete"),
+        ({"lora_bias": True}, {}, "adapter_incomplete"),
+        ({"peft_type": "ADALORA"}, {}, "adapter_incomplete"),
+        ({"modules_to_save": ["lm_head"]}, {}, "adapter_incomplete"),
+        ({"trainable_token_indices": [1]}, {}, "adapter_incomplete"),
+        ({}, {"base_model.model.e.token_adapter.trainable_tokens_delta": (1, 8)}, "adapter_invalid"),
         (
-            {"base_model.model.c.lora_A.weight": (2, 8, 3), "base_model.model.c.lora_B.weight": (8, 2, 1)},
-            "adapter_unsupported",
+            {"trainable_token_indices": [1, 2]},
+            {"base_model.model.e.token_adapter.trainable_tokens_delta": (1, 8)},
+            "adapter_invalid",
         ),
-        ({"base_model.model.c.lora_A.weight": (2, 8), "base_model.model.c.lora_B.weight": (8, 3)}, "adapter_invalid"),
-        ({"base_model.model.c.lora_A.weight": (3, 8), "base_model.model.c.lora_B.weight": (8, 3)}, "adapter_invalid"),
+        (
+            {"trainable_token_indices": [1, 1]},
+            {"base_model.model.e.token_adapter.trainable_tokens_delta": (2, 8)},
+            "adapter_invalid",
+        ),
+        ({"bias": "some"}, {}, "adapter_invalid"),
+        (
+            {},
+            {"base_model.model.c.lora_A.weight": (2, 8, 3), "base_model.model.c.lora_B.weight": (8, 1, 1)},
+            "adapter_grouped_conv",
+        ),
+        (
+            {},
+            {"base_model.model.c.lora_A.weight": (2, 8), "base_model.model.c.lora_B.weight": (8, 3)},
+            "adapter_invalid",
+        ),
+        (
+            {},
+            {"base_model.model.c.lora_A.weight": (3, 8), "base_model.model.c.lora_B.weight": (8, 3)},
+            "adapter_invalid",
+        ),
+        ({}, {f"{KEY}.lora_A.default.weight": (2, 8)}, "adapter_invalid"),
     ],
 )
-def test_keys_that_do_not_belong_are_refused(tmp_path: Path, extra: dict[str, tuple[int, ...]], code: str) -> None:
+def test_keys_that_do_not_belong_are_refused(
+    tmp_path: Path, config: dict[str, Any], extra: dict[str, tuple[int, ...]], code: str
+) -> None:
     tensors = {**lora_tensors(), **{name: torch.zeros(shape) for name, shape in extra.items()}}
     with pytest.raises(MergeyardError) as caught:
-        load_adapter(listing(write_adapter(tmp_path, tensors)), "x")
+        load_adapter(listing(write_adapter(tmp_path, tensors, **config)), "x")
     assert caught.value.code == code
 
 

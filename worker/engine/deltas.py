@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, LifoQueue
 
 import torch
 
 from app.errors import MergeyardError
 from app.planning.plan import Contribution, TensorPlan
-from app.sources.source import StoredTensor
-from worker.engine.blocks import Block, cut, row_width
+from app.sources.source import StoredTensor, TensorSpec
+from worker.engine.blocks import Block, cut
+from worker.engine.factors import FactorReader, Factors, norms_span_blocks
 from worker.engine.reader import Reader
 
 DELTA_BUDGET = 512_000_000  # bytes of Δ kept between passes; the planner's estimate counts on it
@@ -61,13 +62,11 @@ class ScratchPool:
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
-    """A (r, in) and B (out, r) in float32, whole."""
+class OpenFactors:
+    """What an adapter adds to a tensor: ΔW of factors, and values as they are (float32, flat)."""
 
-    A: torch.Tensor
-    B: torch.Tensor
-    scale: float
-    transposed: bool
+    lora: Factors | None
+    added: torch.Tensor | None
 
 
 class TensorDeltas:
@@ -76,7 +75,7 @@ class TensorDeltas:
     def __init__(
         self,
         tensor: TensorPlan,
-        factors: Sequence[Factors | None],
+        factors: Sequence[OpenFactors],
         prescale: Sequence[float],
         reader: Reader,
         kept: torch.Tensor | None,
@@ -85,7 +84,6 @@ class TensorDeltas:
         self.tensor = tensor
         self.blocks = cut(tensor.shape)
         self._factors, self._prescale, self._reader = factors, prescale, reader
-        self._width = row_width(tensor.shape)
         self._kept = kept
         self._formed = [False] * len(self.blocks)
 
@@ -116,29 +114,39 @@ class TensorDeltas:
     def _form(
         self, index: int, contribution: Contribution, block: Block, delta: torch.Tensor, scratch: Scratch
     ) -> None:
-        factors = self._factors[index]
-        if contribution.full is not None:
-            self._difference(contribution.full, block, delta, scratch)
-        if factors is not None:
-            self._product(factors, block, delta, add=contribution.full is not None)
-        elif contribution.full is None:
+        factors, added = self._factors[index].lora, self._factors[index].added
+        if factors is not None and factors.magnitude is not None:
+            self._rescaled(factors, contribution.full or self.tensor.base, block, delta, scratch)
+        elif contribution.full is not None:
+            self._read(contribution.full, block, delta, scratch)
+            self._subtract_base(block, delta, scratch)
+            if factors is not None:
+                factors.add_product(block.start, block.stop, delta, keep=True)
+        elif factors is not None:
+            factors.add_product(block.start, block.stop, delta, keep=False)
+        else:
             delta.zero_()
+        if added is not None:
+            delta.add_(added[block.start : block.stop])
         if self._prescale[index] != 1.0:
             delta.mul_(self._prescale[index])
 
-    def _difference(self, full: StoredTensor, block: Block, delta: torch.Tensor, scratch: Scratch) -> None:
+    def _rescaled(
+        self, factors: Factors, weights: StoredTensor, block: Block, delta: torch.Tensor, scratch: Scratch
+    ) -> None:
+        """DoRA: what the weights become, minus the base."""
+        self._read(weights, block, delta, scratch)
+        factors.add_product(block.start, block.stop, delta, keep=True)
+        factors.rescale(block.start, block.stop, delta, self.tensor.name)
+        self._subtract_base(block, delta, scratch)
+
+    def _subtract_base(self, block: Block, delta: torch.Tensor, scratch: Scratch) -> None:
         base = scratch.floats("base", block.size)
-        raw = scratch.bytes("raw", block.size * 8)
-        self._reader.float32(full, block.start, block.stop, delta, raw)
-        self._reader.float32(self.tensor.base, block.start, block.stop, base, raw)
+        self._read(self.tensor.base, block, base, scratch)
         delta.sub_(base)
 
-    def _product(self, factors: Factors, block: Block, delta: torch.Tensor, *, add: bool) -> None:
-        first, last = block.start // self._width, block.stop // self._width
-        rows = delta.view(last - first, self._width)
-        left, right = (factors.A.T, factors.B.T) if factors.transposed else (factors.B, factors.A)
-        # beta 0 ignores what the memory held, NaN included
-        rows.addmm_(left[first:last], right, beta=1.0 if add else 0.0, alpha=factors.scale)
+    def _read(self, stored: StoredTensor, block: Block, values: torch.Tensor, scratch: Scratch) -> None:
+        self._reader.float32(stored, block.start, block.stop, values, scratch.bytes("raw", block.size * 8))
 
 
 class Deltas:
@@ -150,6 +158,8 @@ class Deltas:
         ``budget``: bytes of Δ kept between passes; where it is more, or cheap to form, it is formed anew in each.
         """
         self._references, self._reader, self._budget = plan_sources, reader, budget
+        self._factors = FactorReader(reader)
+        self._norms: dict[tuple[str, int], torch.Tensor] = {}  # of every pass over the model; a value for each output
         self._buffer = torch.empty(0, dtype=torch.float32)
         self._last: TensorDeltas | None = None
 
@@ -162,7 +172,7 @@ class Deltas:
             self._last.forget()  # the caller may hold it until it has the next
             self._last = None
         if self._last is None:
-            factors = [self._factors(contribution) for contribution in tensor.contributions]
+            factors = [self._open(tensor, contribution) for contribution in tensor.contributions]
             self._last = TensorDeltas(tensor, factors, prescale, self._reader, self._room(tensor))
         return self._last
 
@@ -177,33 +187,43 @@ class Deltas:
             self._buffer = torch.empty(values, dtype=torch.float32)
         return self._buffer
 
-    def _factors(self, contribution: Contribution) -> Factors | None:
-        lora = contribution.lora
-        if lora is None:
-            return None
-        A, B = self._reader.whole(lora.A), self._reader.whole(lora.B)
-        for spec, values in ((lora.A, A), (lora.B, B)):
-            if not all_finite(values):
-                raise not_finite(self._references[contribution.source], spec.name)
-        return Factors(A, B, lora.scale, lora.transposed)
+    def _open(self, tensor: TensorPlan, contribution: Contribution) -> OpenFactors:
+        def refuse(spec: TensorSpec) -> MergeyardError:
+            return not_finite(self._references[contribution.source], spec.name)
+
+        added = None if contribution.added is None else self._factors.added(contribution.added, refuse)
+        if contribution.lora is None:
+            return OpenFactors(None, added)
+        factors = self._factors.open(contribution.lora, tensor.shape, refuse)
+        if norms_span_blocks(contribution.lora, tensor.shape):
+            key = (tensor.name, contribution.source)
+            if key not in self._norms:
+                self._norms[key] = self._norms_of(tensor, contribution, factors)
+            factors = replace(factors, norms=self._norms[key])
+        return OpenFactors(factors, added)
+
+    def _norms_of(self, tensor: TensorPlan, contribution: Contribution, factors: Factors) -> torch.Tensor:
+        """DoRA's norms of W + ΔW, float64, summed up block after block."""
+        scratch, weights = Scratch(), contribution.full or tensor.base
+        squares = torch.zeros(1, dtype=torch.float64)
+        for block in cut(tensor.shape):
+            values = scratch.floats("deltas", block.size)
+            self._reader.float32(weights, block.start, block.stop, values, scratch.bytes("raw", block.size * 8))
+            factors.add_product(block.start, block.stop, values, keep=True)
+            squares = squares + factors.squares(block.start, block.stop, values)
+        return squares.sqrt_()
 
 
 def _worth_keeping(contribution: Contribution) -> bool:
     lora = contribution.lora
-    return contribution.full is not None or (lora is not None and lora.A.shape[0] > _CHEAP_RANK)
+    if contribution.full is not None or lora is None:
+        return contribution.full is not None
+    return lora.magnitude is not None or lora.rank > _CHEAP_RANK
 
 
 def kept_values(blocks: Sequence[Block], sources: int) -> int:
     """float32 values that the Δ of ``blocks`` take together, each block from a 64-byte boundary on."""
     return sum(-(-sources * block.size // _ALIGNED) * _ALIGNED for block in blocks)
-
-
-def all_finite(values: torch.Tensor) -> bool:
-    """No NaN and no infinity. The extremes carry both, in one pass and without a temporary."""
-    if values.numel() == 0 or not values.dtype.is_floating_point:
-        return True
-    low, high = torch.aminmax(values.float() if values.dtype.itemsize == 1 else values)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def not_finite(reference: str, tensor: str) -> MergeyardError:

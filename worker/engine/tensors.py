@@ -13,7 +13,8 @@ from app.artifacts.manifest import TensorStatistics
 from app.errors import MergeyardError
 from app.planning.plan import Plan, TensorPlan
 from worker.engine.blocks import Block
-from worker.engine.deltas import Scratch, TensorDeltas, all_finite, not_finite
+from worker.engine.deltas import Scratch, TensorDeltas, not_finite
+from worker.engine.factors import all_finite
 from worker.engine.kernels.signature import BlockStatistics, Kernels, Rule
 from worker.engine.reader import Reader, dtype_of
 from worker.engine.trimming import TensorTrims, trims_at

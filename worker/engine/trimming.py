@@ -280,7 +280,7 @@ class _Counts:
 
 def _changes(contribution: Contribution) -> bool:
     """A source without δ here is all zeros: it has nothing to trim and is no part of a task vector."""
-    return contribution.full is not None or contribution.lora is not None
+    return contribution.changes
 
 
 def _is_open(search: _Search) -> bool:
