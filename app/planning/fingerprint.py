@@ -46,6 +46,8 @@ def canonical_recipe(
         "output": recipe.output.model_dump(),
         "tokenizer_source": "base",
     }
+    if spec.base == "optional" and recipe.base_model is None:
+        del resolved["base_model"]  # named, it would be what the models are merged around
     if wanted := recipe.out_dtype or recipe.dtype:
         resolved["out_dtype"] = wanted
     if recipe.name:

@@ -5,19 +5,19 @@ references → files (``resolving``) → slots (``layout``) → tensors with the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from app.errors import MergeyardError, Problem
 from app.planning.fingerprint import canonical_recipe, plan_digest
 from app.planning.layout import Slot, lay_out
 from app.planning.output import cut_shards, documents_of, estimate
 from app.planning.parameters import source_parameters, tensor_parameters
-from app.planning.plan import Contribution, Plan, PlannedSource, TensorPlan
+from app.planning.plan import Contribution, Plan, PlannedSource, Scalar, TensorPlan
 from app.planning.resolving import ResolvedSource, resolve
 from app.planning.warnings import warnings_of
 from app.recipe import Recipe
 from app.recipe.grammar import shard_bytes
-from app.recipe.methods import METHODS
+from app.recipe.methods import METHODS, MethodSpec
 from app.sources.resolver import Resolver
 
 
@@ -65,12 +65,12 @@ def _tensor(recipe: Recipe, slot: Slot, problems: list[Problem]) -> TensorPlan:
             Contribution(source=source.source, full=source.full, lora=source.lora, added=source.added, parameters=own)
         )
     touched = any(item.changes for item in contributions)
-    parameters = tensor_parameters(recipe.merge_method, slot.levels, slot.position)
-    # Sources that change nothing still scale the base where a linear merge is not normalised.
-    scaled = recipe.merge_method == "linear" and parameters["normalize"] is False and slot.floating
-    kept = tuple(contributions) if touched or scaled else ()
-    if kept and parameters.get("normalize") is True and recipe.merge_method == "linear":
-        problems.extend(_zero_weights(kept, slot.name))
+    parameters = dict(tensor_parameters(recipe.merge_method, slot.levels, slot.position))
+    if spec.base == "optional":
+        parameters["task_vectors"] = recipe.base_model is not None
+    moved = slot.floating and spec.moves_base(parameters, [item.parameters for item in contributions])
+    kept = tuple(contributions) if touched or moved else ()
+    problems.extend(_problems_of(recipe.merge_method, slot, parameters, kept))
     return TensorPlan(
         name=slot.name,
         shape=slot.base.shape,
@@ -81,11 +81,37 @@ def _tensor(recipe: Recipe, slot: Slot, problems: list[Problem]) -> TensorPlan:
     )
 
 
-def _zero_weights(contributions: Sequence[Contribution], name: str) -> list[Problem]:
-    if abs(sum(item.parameters["weight"] for item in contributions)) >= 1e-8:
-        return []
-    message = f"The weights sum to zero at {name}, so they cannot be normalised; set `normalize: false` or change them."
-    return [Problem(code="parameter_invalid", message=message, where="parameters.normalize")]
+def _problems_of(
+    method: str, slot: Slot, parameters: Mapping[str, Scalar], contributions: Sequence[Contribution]
+) -> Iterator[Problem]:
+    """What the method's spec does not allow at one tensor."""
+    spec = METHODS[method]
+    if not spec.least <= len(slot.sources) <= (spec.most or len(slot.sources)):
+        message = f"{method} merges {_amount(spec)}; here are {len(slot.sources)}."
+        yield Problem(code="recipe_invalid", message=message, where="models")
+    for name, parameter in spec.parameters.items():
+        if parameter.required and name not in parameters:
+            message = f"{method} needs `{name}`, and the recipe gives none for {slot.name}."
+            yield Problem(code="parameter_invalid", message=message, where=f"parameters.{name}")
+    for item in contributions:
+        if wrong := spec.problem_of(item.parameters):
+            yield Problem(code="parameter_invalid", message=f"{wrong} (at {slot.name})", where="models")
+    flag = spec.divides_by_weights
+    if flag and contributions and parameters[flag] and abs(sum(map(_weight, contributions))) < 1e-8:
+        advice = f"so they cannot be normalised; set `{flag}: false` or change them."
+        message = f"The weights sum to zero at {slot.name}, {advice}"
+        yield Problem(code="parameter_invalid", message=message, where=f"parameters.{flag}")
+
+
+def _weight(contribution: Contribution) -> float:
+    return contribution.parameters["weight"]
+
+
+def _amount(spec: MethodSpec) -> str:
+    beside = " beside the base" if spec.base == "required" else ""
+    if spec.least == spec.most:
+        return f"exactly {spec.least} source{'s' * (spec.least > 1)}{beside}"
+    return f"at least {spec.least} sources{beside}"
 
 
 def _varying_densities(tensors: Sequence[TensorPlan], sources: Sequence[ResolvedSource]) -> list[Problem]:

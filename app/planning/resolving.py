@@ -43,13 +43,14 @@ def resolve(recipe: Recipe, resolver: Resolver) -> Resolved:
     """Raises MergeyardError with the problems of every reference, each with its place in the recipe."""
     spec = METHODS[recipe.merge_method]
     base = _base(recipe, resolver)
+    counts_base = spec.counts_base(named=recipe.base_model is not None)
     problems: list[Problem] = []
     sources = []
     for index, entry in enumerate(recipe.models):
         where = f"models[{index}]"
         try:
             resolved = _resolve(entry, where, base, resolver)
-            if resolved.model or resolved.adapter or spec.counts_base:
+            if resolved.model or resolved.adapter or counts_base:
                 sources.append(resolved)
         except MergeyardError as error:
             problems.extend(_placed(error, f"{where}.{'adapter' if entry.adapter else 'model'}"))

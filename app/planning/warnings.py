@@ -21,7 +21,7 @@ def warnings_of(
     """Warnings, most consequential first. ``adapters`` stand beside their place in the recipe."""
     found = []
     normalised = any(tensor.parameters.get("normalize") is True for tensor in tensors if tensor.contributions)
-    negative = any(item.parameters["weight"] < 0 for tensor in tensors for item in tensor.contributions)
+    negative = any(item.parameters.get("weight", 1.0) < 0 for tensor in tensors for item in tensor.contributions)
     if normalised and negative and recipe.parameters.get("dialect", "mergekit") == "mergekit":
         message = (
             "A negative weight with `normalize: true` does not subtract a skill: dividing by the negative sum turns it "

@@ -49,7 +49,7 @@ class Recipe(_Strict):
     """A whole recipe. Unknown keys are refused; what a later version will do is refused by name."""
 
     base_model: str | None = Field(None, description="The model the sources were fine-tuned from")
-    merge_method: str = Field(description="linear, task_arithmetic or ties")
+    merge_method: str = Field(description="How to merge; docs/recipes.md lists the methods")
     models: tuple[SourceEntry, ...] = Field((), max_length=MAX_SOURCES, description="What to merge, in order")
     parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of the whole merge")
     dtype: OutDtype | None = Field(None, description="mergekit's name for out_dtype; arithmetic is float32 always")

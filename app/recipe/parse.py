@@ -32,31 +32,7 @@ LATER_KEYS = {
     "evaluation": "leave it out and score the result yourself",
     "pad_to_multiple_of": "leave it out: the vocabulary stays the base model's",
 }
-LATER_METHODS = frozenset(
-    [
-        "dare_linear",
-        "dare_ties",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-        "della",
-        "della_linear",
-        "slerp",
-        "nuslerp",
-        "multislerp",
-        "karcher",
-        "model_stock",
-        "sce",
-        "nearswap",
-        "ram",
-        "ramplus_tl",
-        "arcee_fusion",
-        "passthrough",
-        "core_space",
-        "tsv",
-        "iso_c",
-        "knots",
-    ]
-)
+LATER_METHODS = frozenset(["core_space", "tsv", "iso_c", "knots"])
 
 
 def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
@@ -206,7 +182,7 @@ def _check(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
     if not recipe.models:
         message = "`models` is empty: name at least one model or adapter to merge."
         problems.append(Problem(code="no_sources", message=message, where="models"))
-    if spec.needs_base and not recipe.base_model:
+    if spec.base == "required" and not recipe.base_model:
         message = f"{recipe.merge_method} merges what sources change, so it needs the `base_model` they come from."
         problems.append(Problem(code="recipe_invalid", message=message, where="base_model"))
     if recipe.output.kind == "adapter":

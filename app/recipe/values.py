@@ -45,6 +45,11 @@ def check_value(raw: Any, parameter: Parameter, where: str, name: str) -> Any:
         if raw not in parameter.choices:
             raise _invalid(where, f"{name} is one of {', '.join(parameter.choices)}; got {shown(raw)}")
         return raw
+    if parameter.kind == "whole":
+        if isinstance(raw, bool) or not isinstance(raw, int) or not parameter.low <= raw <= parameter.high:
+            allowed = f"between {parameter.low:.0f} and {parameter.high:.0f}"
+            raise _invalid(where, f"{name} is one whole number {allowed}; got {shown(raw)}")
+        return raw
     if isinstance(raw, Sequence) and not isinstance(raw, str):
         if not raw:
             raise _invalid(where, f"{name} is an empty list; give a value, a gradient or filter entries")

@@ -12,7 +12,7 @@ from app.planning.plan import Contribution, Scalar, TensorPlan
 from app.sources.source import SourceFile, TensorSpec
 from worker.engine.kernels.selection import coarse_bin, fine_threshold
 from worker.engine.kernels.signature import COARSE_BINS, FINE_BINS, KEEP_ALL, KEEP_NONE, BlockStatistics, Kernels, Trim
-from worker.engine.methods import method_of
+from worker.engine.methods import VoteMethod, method_of
 
 # The table of merging-maths.md, in the single choices of app/planning/plan.py.
 MERGEKIT: dict[str, Scalar] = {
@@ -66,6 +66,7 @@ def merge_one_tensor(
 ) -> Merged:
     """The tensor is the whole model here. ``block`` values a block; ``sources``: of the recipe, if more than merge."""
     method = method_of(method_name)
+    assert isinstance(method, VoteMethod)
     needs = method.needs(tensor)
     if needs.prescale:
         own = torch.tensor([contribution.parameters["weight"] for contribution in tensor.contributions])

@@ -6,19 +6,21 @@ import pytest
 
 from app.errors import MergeyardError
 from app.planning.plan import Scalar, TensorPlan
+from app.recipe.methods import METHODS as SPECS
 from tests.engine.one_tensor import ARTICLE, MERGEKIT, PAPER, PEFT, plan_of
 from worker.engine.kernels.signature import Rule
-from worker.engine.methods import METHODS, Needs, method_of
+from worker.engine.methods import METHODS, Needs, VoteMethod, method_of
 
-TIES = method_of("ties")
-LINEAR = method_of("linear")
-TASK_ARITHMETIC = method_of("task_arithmetic")
+TIES = METHODS["ties"]
+LINEAR = METHODS["linear"]
+TASK_ARITHMETIC = METHODS["task_arithmetic"]
+assert isinstance(TIES, VoteMethod)
+assert isinstance(LINEAR, VoteMethod)
+assert isinstance(TASK_ARITHMETIC, VoteMethod)
 
 
-def test_the_table_knows_every_method_by_its_name() -> None:
-    assert {name: method.name for name, method in METHODS.items()} == {
-        name: name for name in ("linear", "task_arithmetic", "ties")
-    }
+def test_the_engine_has_every_method_that_recipes_may_name() -> None:
+    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in SPECS}
 
 
 def test_an_unknown_method_is_refused_and_the_known_ones_are_named() -> None:

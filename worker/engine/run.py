@@ -23,9 +23,10 @@ from worker.engine.deltas import DELTA_BUDGET
 from worker.engine.digests import DigestCache, SourceDigests
 from worker.engine.kernels import load
 from worker.engine.kernels.signature import Kernels
+from worker.engine.meter import Control
 from worker.engine.reader import Reader, moved, open_unmoved
 from worker.engine.sinks import FolderSink, Sink
-from worker.engine.stream import Control, Stream
+from worker.engine.stream import Stream
 
 _PIECE = 4 << 20
 

@@ -8,48 +8,28 @@ many passes over Δ as that takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Literal, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.planning.plan import Plan, ShardPlan, TensorPlan
+from worker.engine.blending import Blending
 from worker.engine.blocks import Block, Crew, cut
 from worker.engine.checkpoint import Buffers, ShardWriter, header_of, tensor_bytes
 from worker.engine.deltas import Deltas, ScratchPool
 from worker.engine.digests import SourceDigests
 from worker.engine.kernels.signature import BlockStatistics, Kernels
-from worker.engine.methods import method_of
+from worker.engine.meter import Control, Meter
+from worker.engine.methods import VoteMethod, method_of
 from worker.engine.reader import Reader, dtype_of
 from worker.engine.sinks import Sink
-from worker.engine.tensors import BlockWork, StatisticsSum, copying, merging
-from worker.engine.trimming import Passes, TensorTrims
+from worker.engine.tensors import BlockWork, StatisticsSum, copying
+from worker.engine.views import Resources
+from worker.engine.voting import Voting
 
 _SPARE_BUFFERS = 4  # results that wait for the writer while the next blocks are worked on
-
-
-class Control(Protocol):
-    """How a merge is watched and stopped. All calls come from the thread that runs the merge."""
-
-    def stage(self, name: str) -> None:
-        """``merging`` once the plan is taken up, ``publishing`` once every weight is written."""
-        ...
-
-    def progress(self, bytes_done: int, bytes_total: int) -> None:
-        """After every block, so it should be cheap.
-
-        ``bytes_total`` is the bytes of the output's tensors, and once more the bytes of those that a pass over the
-        whole model reads; it never changes during a merge, and ``bytes_done`` never falls.
-        """
-        ...
-
-    def check(self) -> None:
-        """Called after every block, and every so often while files are hashed.
-
-        Whatever it raises stops the merge and leaves nothing behind.
-        """
-        ...
 
 
 class Stream:
@@ -67,25 +47,12 @@ class Stream:
         hashing: SourceDigests,
         delta_budget: int,
     ) -> None:
-        self._plan, self._sink, self._kernels, self._crew, self._reader = plan, sink, kernels, crew, reader
-        self._method = method_of(plan.method)
+        self._plan, self._sink, self._crew, self._reader = plan, sink, crew, reader
         self._scratches = ScratchPool()
-        self._passes = Passes(
-            method=self._method,
-            kernels=kernels,
-            deltas=Deltas([source.reference for source in plan.sources], reader, delta_budget),
-            crew=crew,
-            scratches=self._scratches,
-            sources=len(plan.sources),
-        )
-        # what spans the whole model goes in the order of names, which decides between equal magnitudes
-        touched = sorted((tensor for tensor in plan.tensors if tensor.contributions), key=lambda tensor: tensor.name)
-        self._spanning = [tensor for tensor in touched if self._method.needs(tensor).trim == "model"]
-        self._voting = [tensor for tensor in touched if self._method.needs(tensor).majority]
-        rescaling = any(self._method.needs(tensor).rescale for tensor in self._spanning)
-        self._trim_bytes = (4 if rescaling else 3) * sum(map(tensor_bytes, self._spanning))
-        total = self._trim_bytes + sum(map(tensor_bytes, self._voting)) + sum(map(tensor_bytes, plan.tensors))
-        self._meter = _Meter(control, hashing, total)
+        deltas = Deltas([source.reference for source in plan.sources], reader, delta_budget)
+        resources = Resources(kernels=kernels, crew=crew, reader=reader, scratches=self._scratches, deltas=deltas)
+        self._way = _way_of(plan, resources)
+        self._meter = Meter(control, hashing, self._way.bytes_before + sum(map(tensor_bytes, plan.tensors)))
 
     def run(self) -> tuple[list[StoredFile], dict[str, TensorStatistics]]:
         """Writes or adopts every weight file. The files and the changed tensors' statistics, in the plan's order."""
@@ -106,7 +73,7 @@ class Stream:
 
     def _write(self, shards: list[ShardPlan], statistics: dict[str, TensorStatistics]) -> dict[str, StoredFile]:
         """The shards that no earlier attempt finished, by file name; ``statistics`` gains those of their tensors."""
-        trims, zero_sign = self._whole_model()
+        self._way.begin(self._meter)
         adopted_bytes = sum(map(tensor_bytes, self._plan.tensors))
         adopted_bytes -= sum(tensor_bytes(tensor) for shard in shards for tensor in shard.tensors)
         self._meter.advance(adopted_bytes)
@@ -118,7 +85,7 @@ class Stream:
                 writer.begin(shard.filename, header, size)
                 found = {}
                 for tensor in shard.tensors:
-                    work = self._work(tensor, trims, zero_sign)
+                    work = self._work(tensor)
                     entry = self._write_tensor(tensor, work, buffers, writer)
                     if tensor.contributions:
                         found[tensor.name] = entry
@@ -126,33 +93,10 @@ class Stream:
                 statistics.update(found)
             return {stored.name: stored for stored in writer.finish_all()}
 
-    def _whole_model(self) -> tuple[dict[str, TensorTrims], Literal[1, -1]]:
-        """Trims found so far, by tensor, and what a zero sum elects."""
-        trims: dict[str, TensorTrims] = {}
-        if self._spanning:
-            trims.update(self._passes.select(self._spanning, self._meter.count))
-            self._meter.reach(self._trim_bytes)  # a pass that was not needed
-        balance = 0
-        for tensor in self._voting:
-            if tensor.name not in trims:
-                trims[tensor.name] = self._passes.trims_of(tensor, self._meter.watch)
-            balance += self._passes.balance(tensor, trims[tensor.name], self._meter.count)
-        return trims, -1 if balance < 0 else 1
-
-    def _work(self, tensor: TensorPlan, trims: Mapping[str, TensorTrims], zero_sign: Literal[1, -1]) -> BlockWork:
-        if not tensor.contributions:
+    def _work(self, tensor: TensorPlan) -> BlockWork:
+        if not tensor.contributions or 0 in tensor.shape:
             return copying(self._plan, tensor, self._reader)
-        found = trims.get(tensor.name)
-        return merging(
-            self._plan,
-            tensor,
-            self._reader,
-            kernels=self._kernels,
-            deltas=self._passes.open(tensor),
-            trims=self._passes.trims_of(tensor, self._meter.watch) if found is None else found,
-            weights=self._method.weights(tensor),
-            rule=self._passes.rule(tensor, zero_sign),
-        )
+        return self._way.work(tensor, self._meter)
 
     def _write_tensor(
         self, tensor: TensorPlan, work: BlockWork, buffers: Buffers, writer: ShardWriter
@@ -174,34 +118,23 @@ class Stream:
         return total.result()
 
 
-class _Meter:
-    """Counts the bytes done, and gives the caller and the hashing thread their say after every block."""
+class _Way(Protocol):
+    """How one shape of method merges. ``bytes_before``: what its passes over the whole model count."""
 
-    def __init__(self, control: Control, hashing: SourceDigests, total: int) -> None:
-        self._control, self._hashing, self._total = control, hashing, total
-        self._done = 0
+    bytes_before: int
 
-    def count(self, tensor: TensorPlan, block: Block) -> None:
-        self.advance(block.size * dtype_of(tensor.dtype, tensor.name).itemsize)
+    def begin(self, meter: Meter) -> None:
+        """The passes over the whole model."""
+        ...
 
-    def watch(self, _tensor: TensorPlan, _block: Block) -> None:
-        """A block of a pass within one tensor, whose bytes count when they are written."""
-        self.check()
+    def work(self, tensor: TensorPlan, meter: Meter) -> BlockWork:
+        """The passes over one tensor, and then what merges its blocks."""
+        ...
 
-    def check(self) -> None:
-        self._hashing.check()
-        self._control.check()
 
-    def advance(self, nbytes: int) -> None:
-        self._done += nbytes
-        self.check()
-        self._control.progress(self._done, self._total)
-
-    def complete(self) -> None:
-        self.reach(self._total)
-
-    def reach(self, nbytes: int) -> None:
-        self.advance(max(0, nbytes - self._done))
+def _way_of(plan: Plan, resources: Resources) -> _Way:
+    method = method_of(plan.method)
+    return Voting(plan, method, resources) if isinstance(method, VoteMethod) else Blending(plan, method, resources)
 
 
 def _largest_block(shards: list[ShardPlan]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NoReturn
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,9 +17,11 @@ from app.planning.plan import Plan, TensorPlan
 from worker.engine.blocks import Block
 from worker.engine.deltas import Scratch, TensorDeltas, not_finite
 from worker.engine.factors import all_finite
-from worker.engine.kernels.signature import BlockStatistics, Kernels, Rule
+from worker.engine.kernels.signature import KEEP_ALL, BlockStatistics, Rule
+from worker.engine.methods import Blend, Blended, Mask
 from worker.engine.reader import Reader, dtype_of
 from worker.engine.trimming import TensorTrims, trims_at
+from worker.engine.views import BlockView, Resources, TensorPass
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,58 +48,158 @@ def copying(plan: Plan, tensor: TensorPlan, reader: Reader) -> BlockWork:
     return copy
 
 
+def pass_over(
+    plan: Plan, deltas: TensorDeltas, resources: Resources, pulse: Callable[[TensorPlan, Block], None]
+) -> TensorPass:
+    """Sweeps over one tensor, for methods that reduce. Raises ``not_supported`` where it holds whole numbers."""
+    tensor = deltas.tensor
+    _check_floating(tensor)
+    identities = _identities([source.reference for source in plan.sources])
+    return TensorPass(
+        deltas=deltas,
+        identities=[identities[contribution.source] for contribution in tensor.contributions],
+        resources=resources,
+        pulse=pulse,
+        refusal=lambda block: _refusal(plan, tensor, block, resources.reader),
+    )
+
+
 def merging(
     plan: Plan,
-    tensor: TensorPlan,
-    reader: Reader,
-    *,
-    kernels: Kernels,
     deltas: TensorDeltas,
+    resources: Resources,
+    *,
     trims: TensorTrims,
     weights: Sequence[float],
     rule: Rule,
 ) -> BlockWork:
     """Merges a block by the method's rule. Raises ``source_not_finite``, ``result_not_finite``, ``not_supported``."""
+    tensor, reader = deltas.tensor, resources.reader
+    _check_floating(tensor)
     dtype = dtype_of(tensor.dtype, tensor.name)
-    stored = dtype_of(tensor.base.dtype, tensor.name)
-    if not (dtype.is_floating_point and stored.is_floating_point):
-        raise MergeyardError(
-            "not_supported", f"Tensor {tensor.name} holds whole numbers ({tensor.base.dtype}) and cannot be merged."
-        )
 
     def merge(block: Block, buffer: torch.Tensor, scratch: Scratch) -> BlockStatistics:
         values = deltas.of(block, scratch)
-        if stored in _KERNEL_DTYPES:
-            base = reader.native(tensor.base, block.start, block.stop, scratch.bytes("raw", block.size * 8))
-        else:
-            base = scratch.floats("base", block.size)
-            reader.float32(tensor.base, block.start, block.stop, base, scratch.bytes("raw", block.size * 8))
-        out = buffer[: block.size * dtype.itemsize].view(dtype)
-        result = out if dtype in _KERNEL_DTYPES else scratch.floats("result", block.size)
-        found = kernels.merge(base, values, trims_at(trims, block), weights, rule, result)
-        if result is not out:
-            out.copy_(result)
-        # a NaN or infinity in any source shows in one of these, so that good blocks need no pass of their own
-        if not (found.finite and all(map(math.isfinite, found.squares))):
-            _refuse(plan, tensor, block, reader)
-        return found
+        base = _stored_base(tensor, block, reader, scratch)
+        with _result(block, buffer, dtype, scratch) as result:
+            found = resources.kernels.merge(base, values, trims_at(trims, block), weights, rule, result)
+        return _checked(plan, tensor, block, reader, found)
 
     return merge
 
 
-def _refuse(plan: Plan, tensor: TensorPlan, block: Block, reader: Reader) -> NoReturn:
+def masking(plan: Plan, passing: TensorPass, mask: Mask, *, weights: Sequence[float], rule: Rule) -> BlockWork:
+    """Multiplies δ by the method's mask, then merges as ``merging`` does, without a trim."""
+    tensor, reader = passing.tensor, passing.resources.reader
+    dtype = dtype_of(tensor.dtype, tensor.name)
+    everything = [KEEP_ALL] * len(tensor.contributions)
+
+    def merge(block: Block, buffer: torch.Tensor, scratch: Scratch) -> BlockStatistics:
+        view = passing.view(block, scratch)
+        factors = mask(view)
+        values = scratch.floats("masked", factors.numel()).view(factors.shape)
+        torch.mul(view.deltas, factors, out=values)
+        base = _stored_base(tensor, block, reader, scratch)
+        with _result(block, buffer, dtype, scratch) as result:
+            found = passing.kernels.merge(base, values, everything, weights, rule, result)
+        kept = tuple(factors.count_nonzero(1).tolist())
+        return _checked(plan, tensor, block, reader, replace(found, kept=kept, squares=_squares(view.deltas)))
+
+    return merge
+
+
+def blending(plan: Plan, passing: TensorPass, blend: Blend) -> BlockWork:
+    """Merges a block by a blend method's own arithmetic. Raises as ``merging`` does."""
+    tensor = passing.tensor
+    dtype = dtype_of(tensor.dtype, tensor.name)
+
+    def merge(block: Block, buffer: torch.Tensor, scratch: Scratch) -> BlockStatistics:
+        view = passing.view(block, scratch)
+        blended = blend(view)
+        out = buffer[: block.size * dtype.itemsize].view(dtype)
+        out.copy_(blended.result)
+        found = _statistics(view, blended, finite=all_finite(out))
+        return _checked(plan, tensor, block, passing.resources.reader, found)
+
+    return merge
+
+
+def _statistics(view: BlockView, blended: Blended, *, finite: bool) -> BlockStatistics:
+    """The kernels' counts, for a block that they did not merge."""
+    deltas = view.deltas
+    kept = torch.tensor(True) if blended.kept is None else blended.kept
+    positive, negative = (((deltas > 0) & kept).any(0), ((deltas < 0) & kept).any(0))
+    return BlockStatistics(
+        kept=tuple(kept.expand(deltas.shape).count_nonzero(1).tolist()),
+        squares=_squares(deltas),
+        active=int((positive | negative).sum()),
+        conflicts=int((positive & negative).sum()),
+        merged_square=float((blended.result - view.base).double().square().sum()),
+        finite=finite,
+    )
+
+
+def _squares(deltas: torch.Tensor) -> tuple[float, ...]:
+    return tuple(float(delta.double().square().sum()) for delta in deltas)
+
+
+def _check_floating(tensor: TensorPlan) -> None:
+    if not all(dtype_of(name, tensor.name).is_floating_point for name in (tensor.dtype, tensor.base.dtype)):
+        raise MergeyardError(
+            "not_supported", f"Tensor {tensor.name} holds whole numbers ({tensor.base.dtype}) and cannot be merged."
+        )
+
+
+def _stored_base(tensor: TensorPlan, block: Block, reader: Reader, scratch: Scratch) -> torch.Tensor:
+    """The base as the kernels take it: as it is stored, or in float32."""
+    raw = scratch.bytes("raw", block.size * 8)
+    if dtype_of(tensor.base.dtype, tensor.name) in _KERNEL_DTYPES:
+        return reader.native(tensor.base, block.start, block.stop, raw)
+    base = scratch.floats("base", block.size)
+    reader.float32(tensor.base, block.start, block.stop, base, raw)
+    return base
+
+
+@contextlib.contextmanager
+def _result(block: Block, buffer: torch.Tensor, dtype: torch.dtype, scratch: Scratch) -> Iterator[torch.Tensor]:
+    """Where the kernels write: the buffer itself, or float32 that is cast into it afterwards."""
+    out = buffer[: block.size * dtype.itemsize].view(dtype)
+    result = out if dtype in _KERNEL_DTYPES else scratch.floats("result", block.size)
+    yield result
+    if result is not out:
+        out.copy_(result)
+
+
+def _checked(plan: Plan, tensor: TensorPlan, block: Block, reader: Reader, found: BlockStatistics) -> BlockStatistics:
+    # a NaN or infinity in any source shows in one of these, so that good blocks need no pass of their own
+    if not (found.finite and all(map(math.isfinite, found.squares))):
+        raise _refusal(plan, tensor, block, reader)
+    return found
+
+
+def _identities(references: Sequence[str]) -> list[str]:
+    """Each source's reference, and which of its equals it is: the sources stand in an order that no recipe changes."""
+    seen: Counter[str] = Counter()
+    found = []
+    for reference in references:
+        found.append(json.dumps([reference, seen[reference]]))
+        seen[reference] += 1
+    return found
+
+
+def _refusal(plan: Plan, tensor: TensorPlan, block: Block, reader: Reader) -> MergeyardError:
     """Name what is not finite: the base, a source's own values, or only the result."""
     values = torch.empty(block.size)
     raw = torch.empty(block.size * 8, dtype=torch.uint8)
     reader.float32(tensor.base, block.start, block.stop, values, raw)
     if not all_finite(values):
-        raise not_finite(plan.owner(tensor.base), tensor.base.name)
+        return not_finite(plan.owner(tensor.base), tensor.base.name)
     for contribution in tensor.contributions:
         if contribution.full is not None:
             reader.float32(contribution.full, block.start, block.stop, values, raw)
             if not all_finite(values):
-                raise not_finite(plan.sources[contribution.source].reference, contribution.full.name)
-    raise _overflow(tensor)
+                return not_finite(plan.sources[contribution.source].reference, contribution.full.name)
+    return _overflow(tensor)
 
 
 def _overflow(tensor: TensorPlan) -> MergeyardError:

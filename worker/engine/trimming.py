@@ -7,47 +7,31 @@ Whatever order threads finish in, counts are whole numbers and float sums are ad
 
 from __future__ import annotations
 
-import contextlib
 import math
 from array import array
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from queue import Empty, LifoQueue
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
 
 from app.planning.plan import Contribution, TensorPlan
-from worker.engine.blocks import Block, Crew
-from worker.engine.deltas import Deltas, ScratchPool, TensorDeltas
+from worker.engine.blocks import Block
+from worker.engine.deltas import TensorDeltas
 from worker.engine.kernels.selection import coarse_bin, fine_threshold
 from worker.engine.kernels.signature import (
     COARSE_BINS,
     FINE_BINS,
     KEEP_ALL,
     KEEP_NONE,
-    Kernels,
     Rule,
     Trim,
 )
-from worker.engine.methods import Method
-
-_ALL_EQUALS = (1 << 31) - 1  # no block has more values
+from worker.engine.methods import VoteMethod
+from worker.engine.ranking import ALL_EQUALS, Counts, Cut
+from worker.engine.views import Resources
 
 Result = TypeVar("Result")
-
-
-@dataclass(slots=True, kw_only=True)
-class SourceTrim:
-    """What survives of one source in one tensor. ``equals`` is per block, or the same in all."""
-
-    threshold: int
-    equals: array[int] | int
-    rescale: float = 1.0
-
-    def at(self, block: Block) -> Trim:
-        equals = self.equals if isinstance(self.equals, int) else self.equals[block.index]
-        return Trim(threshold=self.threshold, equals=equals, rescale=self.rescale)
 
 
 @dataclass(slots=True)
@@ -73,19 +57,19 @@ class _Search:
     def divides_equals(self) -> bool:
         return self.open and self.equals_kept < self.equals_present
 
-    def trim(self, tensor: TensorPlan, *, rescale: bool) -> SourceTrim | None:
+    def trim(self, tensor: TensorPlan, *, rescale: bool) -> Cut | None:
         """What is known so far, for one tensor."""
         if self.k >= self.values:
             return None
         if self.k <= 0:
-            return SourceTrim(threshold=KEEP_NONE.threshold, equals=0)
-        equals = self.equals.get(tensor.name, _ALL_EQUALS)
+            return Cut(threshold=KEEP_NONE.threshold, equals=0)
+        equals = self.equals.get(tensor.name, ALL_EQUALS)
         factor = self.rescale if rescale else 1.0
-        return SourceTrim(threshold=self.threshold, equals=equals, rescale=factor)
+        return Cut(threshold=self.threshold, equals=equals, rescale=factor)
 
 
 Pulse: TypeAlias = Callable[[TensorPlan, Block], None]  # told of each block done
-TensorTrims: TypeAlias = Sequence[SourceTrim | None]  # one a contribution; None keeps everything
+TensorTrims: TypeAlias = Sequence[Cut | None]  # one a contribution; None keeps everything
 
 
 def trims_at(trims: TensorTrims, block: Block) -> list[Trim]:
@@ -96,11 +80,8 @@ def trims_at(trims: TensorTrims, block: Block) -> list[Trim]:
 class Passes:
     """Sweeps over Δ. ``pulse`` is called on the caller's thread after each block of a sweep, in block order."""
 
-    method: Method
-    kernels: Kernels
-    deltas: Deltas
-    crew: Crew
-    scratches: ScratchPool
+    method: VoteMethod
+    resources: Resources
     sources: int  # in the recipe
 
     def sweep(
@@ -124,10 +105,10 @@ class Passes:
                 opened: TensorDeltas = opened,
                 rows: Container[int] | None = rows,
             ) -> tuple[Block, Result]:
-                with self.scratches.borrow() as scratch:
+                with self.resources.scratches.borrow() as scratch:
                     return block, work(tensor, block, opened.of(block, scratch, rows))
 
-            for block, result in self.crew.in_order(of_block, opened.blocks):
+            for block, result in self.resources.crew.in_order(of_block, opened.blocks):
                 pulse(tensor, block)
                 yield tensor, block, result
 
@@ -136,7 +117,7 @@ class Passes:
         weights = [1.0] * len(tensor.contributions)
         if self.method.needs(tensor).prescale:
             weights = [contribution.parameters["weight"] for contribution in tensor.contributions]
-        return self.deltas.open(tensor, weights)
+        return self.resources.deltas.open(tensor, weights)
 
     def select(self, scope: Sequence[TensorPlan], pulse: Pulse) -> dict[str, TensorTrims]:
         """The exact trim of every tensor in ``scope``, by name.
@@ -158,7 +139,7 @@ class Passes:
         weights, rule = self.method.weights(tensor), self.rule(tensor)
 
         def elect(_tensor: TensorPlan, block: Block, deltas: torch.Tensor) -> int:
-            return self.kernels.elected_balance(deltas, trims_at(trims, block), weights, rule)
+            return self.resources.kernels.elected_balance(deltas, trims_at(trims, block), weights, rule)
 
         return sum(balance for _, _, balance in self.sweep([tensor], elect, pulse))
 
@@ -202,13 +183,13 @@ class Passes:
         pulse: Pulse,
     ) -> torch.Tensor:
         """int64 (sources, bins)."""
-        counts = _Counts(len(searches), bins)
+        counts = Counts(len(searches), bins)
 
         def count(tensor: TensorPlan, _block: Block, deltas: torch.Tensor) -> None:
             with counts.borrow() as held:
                 for index, search in _open_searches(tensor, searches):
                     prefix = None if bins == COARSE_BINS else search.prefix
-                    self.kernels.histogram(deltas[index], held[search.slot], prefix)
+                    self.resources.kernels.histogram(deltas[index], held[search.slot], prefix)
 
         for _ in self.sweep(scope, count, pulse):
             pass
@@ -222,7 +203,7 @@ class Passes:
 
         def count(tensor: TensorPlan, _block: Block, deltas: torch.Tensor) -> list[tuple[_Search, int]]:
             return [
-                (search, self.kernels.count_equal(deltas[index], search.threshold))
+                (search, self.resources.kernels.count_equal(deltas[index], search.threshold))
                 for index, search in dividing(tensor).items()
             ]
 
@@ -241,8 +222,8 @@ class Passes:
             for index, search in _open_searches(tensor, searches):
                 trim = search.trim(tensor, rescale=False)
                 assert trim is not None  # an open search trims
-                everything = self.kernels.kept_l1(deltas[index], KEEP_ALL)
-                kept = self.kernels.kept_l1(deltas[index], trim.at(block))
+                everything = self.resources.kernels.kept_l1(deltas[index], KEEP_ALL)
+                kept = self.resources.kernels.kept_l1(deltas[index], trim.at(block))
                 found.append((tensor.contributions[index].source, everything, kept))
             return found
 
@@ -253,29 +234,6 @@ class Passes:
         for source, search in searches.items():
             if search.open and after[source] > 0:
                 search.rescale = before[source] / after[source]
-
-
-class _Counts:
-    """One set of histograms a thread, added up at the end: whole numbers, so any order gives the same sums."""
-
-    def __init__(self, rows: int, bins: int) -> None:
-        self._shape = (rows, bins)
-        self._free: LifoQueue[torch.Tensor] = LifoQueue()
-
-    @contextlib.contextmanager
-    def borrow(self) -> Iterator[torch.Tensor]:
-        try:
-            counts = self._free.get_nowait()
-        except Empty:
-            counts = torch.zeros(self._shape, dtype=torch.int64)
-        yield counts
-        self._free.put(counts)
-
-    def total(self) -> torch.Tensor:
-        total = torch.zeros(self._shape, dtype=torch.int64)
-        while not self._free.empty():
-            total += self._free.get()
-        return total
 
 
 def _changes(contribution: Contribution) -> bool:

@@ -34,7 +34,7 @@ class ReferenceKernels:
         return int((_magnitudes(delta) == threshold).sum())
 
     def kept_l1(self, delta: torch.Tensor, trim: Trim) -> float:
-        return _float64_sum(torch.where(_survivors(delta, trim), delta.abs(), 0.0).double())
+        return _float64_sum(torch.where(survivors(delta, trim), delta.abs(), 0.0).double())
 
     def elected_balance(self, deltas: torch.Tensor, trims: Sequence[Trim], weights: Sequence[float], rule: Rule) -> int:
         kept = [_kept_values(delta, trim) for delta, trim in zip(deltas, trims, strict=True)]
@@ -70,7 +70,7 @@ class ReferenceKernels:
         positive = torch.stack([values > 0 for values in weighted]).any(0)
         negative = torch.stack([values < 0 for values in weighted]).any(0)
         return BlockStatistics(
-            kept=tuple(int(_survivors(d, trim).sum()) for d, trim in zip(deltas, trims, strict=True)),
+            kept=tuple(int(survivors(d, trim).sum()) for d, trim in zip(deltas, trims, strict=True)),
             squares=tuple(_float64_sum(delta.double().square()) for delta in deltas),
             active=int(torch.stack([values != 0 for values in kept]).any(0).sum()),
             conflicts=int((positive & negative).sum()),
@@ -84,14 +84,15 @@ def _magnitudes(delta: torch.Tensor) -> torch.Tensor:
     return delta.view(torch.int32) & 0x7FFF_FFFF
 
 
-def _survivors(delta: torch.Tensor, trim: Trim) -> torch.Tensor:
+def survivors(delta: torch.Tensor, trim: Trim) -> torch.Tensor:
+    """Which values of one block a trim keeps, bool (n,)."""
     magnitudes = _magnitudes(delta)
     equal = magnitudes == trim.threshold
     return (magnitudes > trim.threshold) | (equal & (equal.cumsum(0) <= trim.equals))
 
 
 def _kept_values(delta: torch.Tensor, trim: Trim) -> torch.Tensor:
-    return torch.where(_survivors(delta, trim), delta * _float32(trim.rescale), 0.0)
+    return torch.where(survivors(delta, trim), delta * _float32(trim.rescale), 0.0)
 
 
 def _votes(kept: Sequence[torch.Tensor], weights: Sequence[float], rule: Rule) -> list[torch.Tensor]:

@@ -8,11 +8,25 @@ from types import MappingProxyType
 from app.errors import MergeyardError
 from worker.engine.methods.consensus import TIES
 from worker.engine.methods.linear import LINEAR, TASK_ARITHMETIC
-from worker.engine.methods.method import Method, Needs
+from worker.engine.methods.method import Blend, Blended, BlendMethod, Mask, Method, Needs, VoteMethod
+from worker.engine.methods.model_stock import MODEL_STOCK
+from worker.engine.methods.pairs import ARCEE_FUSION, NEARSWAP, PASSTHROUGH
+from worker.engine.methods.ram import RAM, RAMPLUS_TL
+from worker.engine.methods.sce import SCE
+from worker.engine.methods.slerp import NUSLERP, SLERP
+from worker.engine.methods.sparsified import SPARSIFIED
+from worker.engine.methods.sphere import KARCHER, MULTISLERP
 
-__all__ = ["METHODS", "Method", "Needs", "method_of"]
+__all__ = ["METHODS", "Blend", "BlendMethod", "Blended", "Mask", "Method", "Needs", "VoteMethod", "method_of"]
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in (LINEAR, TASK_ARITHMETIC, TIES)})
+_ALL: tuple[Method, ...] = (
+    *(LINEAR, TASK_ARITHMETIC, TIES),
+    *SPARSIFIED,
+    *(SLERP, NUSLERP, MULTISLERP, KARCHER),
+    *(MODEL_STOCK, SCE, RAM, RAMPLUS_TL),
+    *(NEARSWAP, ARCEE_FUSION, PASSTHROUGH),
+)
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 
 
 def method_of(name: str) -> Method:

@@ -20,7 +20,7 @@ from typing import Literal, cast
 
 from app.planning.plan import Contribution, TensorPlan
 from worker.engine.kernels.signature import Divisor, Elect, Rule
-from worker.engine.methods.method import Method, Needs, own_weights
+from worker.engine.methods.method import Needs, VoteMethod, own_weights
 
 
 def _needs(tensor: TensorPlan) -> Needs:
@@ -78,4 +78,4 @@ def _divisor(tensor: TensorPlan) -> Divisor:
     return cast(Divisor, tensor.parameters["divisor"]) if tensor.parameters["normalize"] else "none"
 
 
-TIES = Method(name="ties", needs=_needs, weights=_weights, keep_count=_keep_count, rule=_rule)
+TIES = VoteMethod(name="ties", needs=_needs, weights=_weights, keep_count=_keep_count, rule=_rule)

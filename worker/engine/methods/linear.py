@@ -15,17 +15,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from app.planning.plan import Contribution, TensorPlan
+from app.planning.plan import TensorPlan
 from worker.engine.kernels.signature import SMALLEST_DIVISOR, Divisor, Rule
-from worker.engine.methods.method import Method, Needs, own_weights
-
-
-def _nothing(_tensor: TensorPlan) -> Needs:
-    return Needs()
-
-
-def _everything(_tensor: TensorPlan, _contribution: Contribution, numel: int) -> int:
-    return numel
+from worker.engine.methods.method import VoteMethod, keep_everything, no_needs, own_weights
 
 
 def _linear_rule(tensor: TensorPlan, zero_sign: Literal[1, -1] = 1, *, sources: int) -> Rule:  # noqa: ARG001
@@ -37,16 +29,16 @@ def _linear_rule(tensor: TensorPlan, zero_sign: Literal[1, -1] = 1, *, sources: 
     return Rule(base=total / divisor, divisor="weights")
 
 
-def _task_arithmetic_rule(tensor: TensorPlan, zero_sign: Literal[1, -1] = 1, *, sources: int) -> Rule:  # noqa: ARG001
+def task_arithmetic_rule(tensor: TensorPlan, zero_sign: Literal[1, -1] = 1, *, sources: int) -> Rule:  # noqa: ARG001
     divisor: Divisor = "weights" if tensor.parameters["normalize"] else "none"
     return Rule(scale=float(tensor.parameters["lambda"]), divisor=divisor)
 
 
-LINEAR = Method(name="linear", needs=_nothing, weights=own_weights, keep_count=_everything, rule=_linear_rule)
-TASK_ARITHMETIC = Method(
+LINEAR = VoteMethod(name="linear", needs=no_needs, weights=own_weights, keep_count=keep_everything, rule=_linear_rule)
+TASK_ARITHMETIC = VoteMethod(
     name="task_arithmetic",
-    needs=_nothing,
+    needs=no_needs,
     weights=own_weights,
-    keep_count=_everything,
-    rule=_task_arithmetic_rule,
+    keep_count=keep_everything,
+    rule=task_arithmetic_rule,
 )

@@ -1,18 +1,25 @@
-"""What a merge method is: pure functions of one tensor's plan. A method sees neither a file nor a weight."""
+"""What a merge method is: pure functions of one tensor's plan and of its blocks. A method never sees a file.
+
+Two shapes. A *vote method* gives the kernels a trim, weights and a rule, and may first multiply each δ by a mask. A
+*blend method* reduces what it needs over the tensor and returns how a block is merged. The engine owns every pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
+
+import torch
 
 from app.planning.plan import Contribution, TensorPlan
 from worker.engine.kernels.signature import Rule
+from worker.engine.views import BlockView, TensorPass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What the engine must reduce before a tensor can be merged.
+    """What the engine must reduce before a tensor can be merged by votes.
 
     ``trim``: find the exact k-th magnitude of every source over one ``tensor`` or over the whole ``model``
     (a source whose k is all of its values, or none, needs no search).
@@ -37,13 +44,17 @@ class RuleOf(Protocol):
     def __call__(self, tensor: TensorPlan, zero_sign: Literal[1, -1] = 1, *, sources: int) -> Rule: ...
 
 
+Mask: TypeAlias = Callable[[BlockView], torch.Tensor]  # a block's factors of δ, float32 (N, n); 0 where it is dropped
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """One merge method.
+class VoteMethod:
+    """A method that merges by votes.
 
     ``weights``: one factor for each contribution of the tensor, in order.
     ``keep_count``: k, how many of a contribution's ``numel`` values the trim keeps, 0 to ``numel``; over the
     whole model ``numel`` is the size of the source's whole task vector.
+    ``mask``: reduces what it needs over the tensor and returns what multiplies δ, block by block; instead of a trim.
     """
 
     name: str
@@ -51,6 +62,43 @@ class Method:
     weights: Callable[[TensorPlan], list[float]]
     keep_count: Callable[[TensorPlan, Contribution, int], int]
     rule: RuleOf
+    mask: Callable[[TensorPass], Mask] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Blended:
+    """One merged block: ``result`` float32 (n,), and where the method drops values of sources, what it kept.
+
+    ``kept``: bool, (N, n) or (n,) for all sources alike.
+    """
+
+    result: torch.Tensor
+    kept: torch.Tensor | None = None
+
+
+Blend: TypeAlias = Callable[[BlockView], Blended]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendMethod:
+    """A method that merges by its own arithmetic.
+
+    ``prepare`` reduces over the tensor what the method needs, and returns how one block is merged.
+    """
+
+    name: str
+    prepare: Callable[[TensorPass], Blend]
+
+
+Method: TypeAlias = VoteMethod | BlendMethod
+
+
+def no_needs(_tensor: TensorPlan) -> Needs:
+    return Needs()
+
+
+def keep_everything(_tensor: TensorPlan, _contribution: Contribution, numel: int) -> int:
+    return numel
 
 
 def own_weights(tensor: TensorPlan) -> list[float]:

@@ -1,0 +1,26 @@
+"""Merging by a method's own arithmetic: its reductions over a tensor, then block by block."""
+
+from __future__ import annotations
+
+from app.planning.plan import Plan, TensorPlan
+from worker.engine.meter import Meter
+from worker.engine.methods import BlendMethod
+from worker.engine.tensors import BlockWork, blending, pass_over
+from worker.engine.views import Resources
+
+
+class Blending:
+    """One merge by a blend method. ``work`` is asked for one tensor after the other."""
+
+    bytes_before = 0
+
+    def __init__(self, plan: Plan, method: BlendMethod, resources: Resources) -> None:
+        self._plan, self._method, self._resources = plan, method, resources
+
+    def begin(self, meter: Meter) -> None:
+        """Nothing spans the model."""
+
+    def work(self, tensor: TensorPlan, meter: Meter) -> BlockWork:
+        deltas = self._resources.deltas.open(tensor, [1.0] * len(tensor.contributions))
+        passing = pass_over(self._plan, deltas, self._resources, meter.watch)
+        return blending(self._plan, passing, self._method.prepare(passing))
