@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from app.planning.grown import with_vocabulary_size
 from app.planning.plan import Estimates, LoraFactors, ShardPlan, TensorPlan
 from app.sources.models import read_json
 from app.sources.safetensors import DTYPE_BYTES
@@ -73,10 +74,15 @@ def _factor_bytes(lora: LoraFactors) -> int:
 
 
 def documents_of(
-    base: ModelSource, file_dtype: str | None
+    base: ModelSource, file_dtype: str | None, vocabulary: int | None = None
 ) -> tuple[dict[str, Mapping[str, Any]], tuple[SourceFile, ...]]:
-    """config.json with the output's dtype, and companions; `auto_map` names code, so it goes (CVE-2025-66448)."""
+    """config.json with the output's dtype, and companions; `auto_map` names code, so it goes (CVE-2025-66448).
+
+    ``vocabulary`` is the number of tokens, where it is not the base's.
+    """
     config = {key: value for key, value in base.config.items() if key != "auto_map"}
+    if vocabulary is not None:
+        config = with_vocabulary_size(config, vocabulary)
     if file_dtype:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
         config.update(dict.fromkeys(keys, LIBRARY_DTYPES[file_dtype]))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from app.errors import MergeyardError, Problem
 from app.planning.fingerprint import canonical_recipe, plan_digest
+from app.planning.grown import grow, vocabulary_size
 from app.planning.layout import Slot, lay_out
 from app.planning.output import cut_shards, documents_of, estimate
 from app.planning.parameters import source_parameters, tensor_parameters
@@ -30,13 +31,15 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     resolved = resolve(recipe, resolver)
     base, sources = resolved.base, resolved.sources
     problems: list[Problem] = []
-    tensors = [_tensor(recipe, slot, problems) for slot in lay_out(recipe, resolved)]
+    stored = lay_out(recipe, resolved)
+    slots = grow(stored, resolved)
+    tensors = [_tensor(recipe, slot, problems) for slot in slots]
     if recipe.merge_method == "ties":
         problems.extend(_varying_densities(tensors, sources))
     if problems:
         raise MergeyardError.of(_first_of_each(problems))
     resolved_recipe = canonical_recipe(recipe, base.reference, [(source.canonical, source.entry) for source in sources])
-    documents, companions = documents_of(base, recipe.file_dtype)
+    documents, companions = documents_of(base, recipe.file_dtype, vocabulary_size(stored, slots))
     base_planned = PlannedSource(reference=base.reference, role="base", files=base.files)
     planned = resolved.planned()
     return Plan(

@@ -17,6 +17,7 @@ PART = re.compile(
 )
 # The layer that PEFT wrapped, where its name says so; a parameter's wrappers lie one in the other.
 WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
+ORIGINAL = ".original_module."  # inside PEFT's wrapper of a module to save: what it was before
 # Buffers of a training method that ΔW does not depend on.
 UNUSED = re.compile(r"\.lora_velora_\w+(?:\.default)?$")
 
@@ -68,11 +69,14 @@ def sort_keys(tensors: Mapping[str, TensorSpec]) -> SortedKeys:
             module = WRAPPED.sub("", module)
             if module in adapted and parameter == "weight":
                 continue  # PEFT saves the untouched base layer of a wrapped embedding or head
+        own = f"{_unwrapped(module)}.{parameter}".removeprefix(".")
         if ".lora_" in name:
             if not UNUSED.search(name):
                 keys.unknown.append(name)
+        elif ORIGINAL in name or (own != name and own in plain):
+            continue  # with a resized embedding PEFT saves its wrapper whole: the original, and the copy once more
         else:
-            _put(keys.saved, f"{_unwrapped(module)}.{parameter}".removeprefix("."), tensor, keys)
+            _put(keys.saved, own, tensor, keys)
     return keys
 
 

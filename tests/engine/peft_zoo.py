@@ -232,19 +232,30 @@ def load(name: str, folder: Path) -> Any:
     return model.eval()
 
 
-def train(name: str, base: Path, folder: Path, config: Any, *, seed: int = 1, save: Mapping[str, Any] = {}) -> Path:
-    """An adapter after a few real steps of an optimiser on random data. ``save``: options of ``save_pretrained``."""
+def train(
+    name: str,
+    base: Path,
+    folder: Path,
+    config: Any,
+    *,
+    seed: int = 1,
+    before: Callable[[Any], None] | None = None,
+    save_options: Mapping[str, Any] | None = None,
+) -> Path:
+    """An adapter after a few real steps of an optimiser on random data.
+
+    ``before`` is given the model that is about to be trained, ``save_options`` go to ``save_pretrained``.
+    """
     from peft import get_peft_model
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(load(name, base), config)
-        if "before" in save:
-            save["before"](model)
+        if before is not None:
+            before(model)
         steps(name, model, seed)
-        options = {key: value for key, value in save.items() if key != "before"}
-        model.save_pretrained(str(folder), **options)
+        model.save_pretrained(str(folder), **(save_options or {}))
     return folder
 
 

@@ -5,6 +5,7 @@ Every adapter was trained by PEFT for a few steps. Where PEFT is wrong, the test
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from app.errors import MergeyardError
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
 from app.sources.resolver import Resolver
 from tests.engine import peft_zoo
-from tests.engine.merges import merge
+from tests.engine.merges import merge, tensors_of
+from tests.files import write_model
 from worker.engine import blocks
 from worker.engine.kernels import Room
 
@@ -178,3 +182,192 @@ def test_one_adapter_equals_merge_and_unload(case: Case, way: str, monkeypatch: 
     found = merged_here(case.root, case.architecture, method=method, room=room)
     assert_equal(found, case.merged)
     assert any(not torch.equal(value, case.base[name]) for name, value in found.items()), "nothing was trained"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_changed_base_needs_its_conversion(init: str, bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """PiSSA and OLoRA take their first factors out of the base: raw they are refused, converted they are plain LoRA."""
+    from peft import LoraConfig
+
+    (tmp_path / "base").symlink_to(bases["llama"])
+    config = LoraConfig(r=4, lora_alpha=10, task_type="CAUSAL_LM", target_modules=LINEAR, init_lora_weights=init)
+
+    def save_initial(model: Any) -> None:
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(str(tmp_path / "initial"))
+        model.peft_config["default"].init_lora_weights = init
+
+    peft_zoo.train("llama", tmp_path / "base", tmp_path / "raw", config, before=save_initial)
+    with pytest.raises(MergeyardError, match="path_initial_model_for_weight_conversion") as caught:
+        merged_here(tmp_path, "llama", sources=[{"adapter": "raw"}])
+    assert caught.value.code == "adapter_raw_init"
+
+    converted = {"path_initial_model_for_weight_conversion": str(tmp_path / "initial")}
+    peft_zoo.train(
+        "llama", tmp_path / "base", tmp_path / "adapter", config, before=save_initial, save_options=converted
+    )
+    expected = peft_zoo.merged_by_peft("llama", tmp_path / "base", tmp_path / "adapter")
+    assert_equal(merged_here(tmp_path, "llama"), expected)
+
+
+def test_an_embedding_trained_with_its_tied_head_is_added_once(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """PEFT 0.21.2 merges both halves into the one weight, so it adds ΔW twice; unmerged it computes what is here."""
+    from peft import LoraConfig, PeftModel
+
+    (tmp_path / "base").symlink_to(bases["tied llama"])
+    config = LoraConfig(
+        r=4, lora_alpha=10, task_type="CAUSAL_LM", target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True
+    )
+    peft_zoo.train("tied llama", tmp_path / "base", tmp_path / "adapter", config)
+    found = merged_here(tmp_path, "tied llama")
+
+    name = "model.embed_tokens.weight"
+    base = peft_zoo.load("tied llama", tmp_path / "base")
+    before = base.state_dict()[name].clone()
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    key = "base_model.model.model.embed_tokens.lora_embedding_"
+    delta = 10 / 4 * (factors[f"{key}B"] @ factors[f"{key}A"]).T
+    torch.testing.assert_close(found[name], before + delta, rtol=1e-6, atol=1e-6)
+    twice = peft_zoo.merged_by_peft("tied llama", tmp_path / "base", tmp_path / "adapter")[name]
+    torch.testing.assert_close(twice, before + 2 * delta, rtol=1e-5, atol=1e-5)
+
+    tokens = torch.arange(12).view(1, 12)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ours = peft_zoo.load("tied llama", sorted(tmp_path.glob("out-*"))[0])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_rslora_keeps_its_scale_in_a_weighted_merge(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """PEFT 0.21.2 ``add_weighted_adapter`` scales an rsLoRA adapter too large, by √r (#3449)."""
+    from peft import LoraConfig, PeftModel
+
+    (tmp_path / "base").symlink_to(bases["llama"])
+    config = LoraConfig(r=4, lora_alpha=10, task_type="CAUSAL_LM", target_modules=["q_proj"], use_rslora=True)
+    for seed, name in enumerate(("one", "two"), start=1):
+        peft_zoo.train("llama", tmp_path / "base", tmp_path / name, config, seed=seed)
+    weights = {"one": 0.75, "two": 0.5}
+    sources = [{"adapter": name, "parameters": {"weight": weight}} for name, weight in weights.items()]
+    found = merged_here(tmp_path, "llama", sources=sources)
+
+    module = "model.layers.0.self_attn.q_proj"
+    base = peft_zoo.load("llama", tmp_path / "base")
+    before = base.state_dict()[f"{module}.weight"].clone()
+    delta = torch.zeros_like(before)
+    for name, weight in weights.items():
+        factors = load_file(tmp_path / name / "adapter_model.safetensors")
+        key = f"base_model.model.{module}.lora_"
+        delta += weight * 10 / 4**0.5 * factors[f"{key}B.weight"] @ factors[f"{key}A.weight"]
+    torch.testing.assert_close(found[f"{module}.weight"], before + delta, rtol=1e-6, atol=1e-6)
+
+    peft: Any = PeftModel.from_pretrained(base, tmp_path / "one", adapter_name="one")
+    peft.load_adapter(str(tmp_path / "two"), adapter_name="two")
+    peft.add_weighted_adapter(["one", "two"], list(weights.values()), "both", combination_type="svd")
+    peft.set_adapter("both")
+    wrong = peft.merge_and_unload().state_dict()[f"{module}.weight"] - before
+    assert wrong.norm() > 1.5 * delta.norm()
+
+
+class Attention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.attn(x, x, x)[0]
+        return result
+
+
+def test_multihead_attention_takes_its_output_once(tmp_path: Path) -> None:
+    """PEFT 0.21.2 adds ΔW of ``out_proj`` twice (PR #3774)."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = Attention()
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    write_model(tmp_path / "base", before, model_type="none", architectures=[])
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["attn"]))
+    optimiser = torch.optim.AdamW([item for item in adapted.parameters() if item.requires_grad], lr=0.03)
+    for _ in range(3):
+        optimiser.zero_grad()
+        (adapted(torch.randn(2, 5, 16)) ** 2).mean().backward()
+        optimiser.step()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    recipe = parse_recipe({"base_model": "base", "merge_method": "ties", "models": [{"adapter": "adapter"}]})
+    merge(make_plan(recipe, Resolver(local=tmp_path)), tmp_path / "out")
+
+    found, factors = tensors_of(tmp_path / "out"), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    product = {
+        name: 3 * factors[f"{key}.lora_B.weight"] @ factors[f"{key}.lora_A.weight"]
+        for name, key in (
+            ("attn.in_proj_weight", "base_model.model.attn"),
+            ("attn.out_proj.weight", "base_model.model.attn.base_layer.out_proj"),
+        )
+    }
+    for name, value in before.items():
+        delta = product.get(name, torch.zeros(()))
+        torch.testing.assert_close(found[name], value + delta, rtol=1e-6, atol=1e-6)
+    wrong = adapted.merge_and_unload().state_dict()
+    assert not torch.allclose(wrong["attn.out_proj.weight"], found["attn.out_proj.weight"], atol=1e-4)
+    torch.testing.assert_close(wrong["attn.in_proj_weight"], found["attn.in_proj_weight"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], None])
+def test_a_grown_vocabulary_has_its_rows(saved: list[str] | None, bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """Five tokens more than the base, saved because they were trained (modules_to_save) or because PEFT saw it."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    size = peft_zoo.VOCABULARY + 5
+    (tmp_path / "base").symlink_to(bases["llama"])
+    torch.manual_seed(3)
+    model = peft_zoo.load("llama", tmp_path / "base")
+    model.resize_token_embeddings(size, mean_resizing=False)
+    config = LoraConfig(r=4, lora_alpha=10, task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=saved)
+    adapted: Any = get_peft_model(model, config)
+    peft_zoo.steps("llama", adapted, seed=1)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+
+    fresh = peft_zoo.load("llama", tmp_path / "base")
+    fresh.resize_token_embeddings(size, mean_resizing=False)
+    expected = PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload().state_dict()  # type: ignore[operator]
+    assert_equal(merged_here(tmp_path, "llama"), expected)
+    out = sorted(tmp_path.glob("out-*"))[0]
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == size
+
+
+def test_experts_trained_one_by_one_are_merged_one_by_one(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """An adapter of transformers 4, whose names are the checkpoint's; PEFT fuses it when it is loaded."""
+    (tmp_path / "base").symlink_to(bases["mixtral"])
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for name, value in load_file(bases["mixtral"] / "model.safetensors").items():
+        if ".experts." in name:
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(4, value.shape[1], generator=generator)
+            tensors[f"{key}.lora_B.weight"] = torch.randn(value.shape[0], 4, generator=generator)
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["w1", "w2", "w3"],
+    }
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    expected = peft_zoo.merged_by_peft("mixtral", tmp_path / "base", tmp_path / "adapter")
+    assert_equal(merged_here(tmp_path, "mixtral"), expected)
+
+
+def test_an_adapter_finds_an_encoder_stored_without_its_model(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """BERT as it is published: ``encoder.layer.0…``, which the adapter calls ``bert.encoder.layer.0…``."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=["query", "dense"])
+    peft_zoo.train("bert", bases["bert"], tmp_path / "adapter", config)
+    expected = peft_zoo.merged_by_peft("bert", bases["bert"], tmp_path / "adapter")
+    peft_zoo.load("bert", bases["bert"]).bert.save_pretrained(tmp_path / "base")
+    recipe = parse_recipe({"base_model": "base", "merge_method": "ties", "models": [{"adapter": "adapter"}]})
+    merge(make_plan(recipe, Resolver(local=tmp_path)), tmp_path / "out")
+    found = {f"bert.{name}": value for name, value in tensors_of(tmp_path / "out").items()}
+    assert_equal(found, {name: value for name, value in expected.items() if name.startswith("bert.")})
