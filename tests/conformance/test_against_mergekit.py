@@ -5,10 +5,12 @@ The figures are made anew by ``benchmarks/peers/mergekit.sh``. Where we differ o
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from app.planning.planner import make_plan
@@ -16,12 +18,12 @@ from app.recipe import parse_recipe
 from app.recipe.methods import METHODS
 from app.recipe.parse import LATER_KEYS
 from app.sources.resolver import Resolver
-from tests.conformance.figures import Case, Figures, cases, read_figures
+from tests.conformance.figures import Case, Figures, cases, read_figures, uniform
 from tests.conformance.models import ARCHITECTURES, write_root
 from tests.engine.merges import merge, tensors_of
+from worker.engine import masks
 
 TOLERANCE = 1e-6  # of the largest magnitude of each tensor
-RANDOM = frozenset(["dare_linear", "dare_ties", "della", "della_linear"])
 
 WAITING = frozenset(
     ["filters-alone", "flags-over-layers", "linear-base-unlisted", "karcher-base-unlisted", "adapters-passthrough"]
@@ -34,8 +36,7 @@ def _ready(case: Case) -> bool:
     recipe = documents[-1]
     tokenizer = recipe.get("tokenizer_source") or recipe.get("tokenizer")
     later = tokenizer or any(key in recipe for key in LATER_KEYS) or "+" in recipe.get("base_model", "")
-    known = recipe["merge_method"] in METHODS.keys() - RANDOM
-    return len(documents) == 1 and known and not later and case.name not in WAITING
+    return len(documents) == 1 and recipe["merge_method"] in METHODS and not later and case.name not in WAITING
 
 
 CASES = [case for case in cases() if _ready(case)]
@@ -51,6 +52,21 @@ def figures() -> dict[str, dict[str, Figures]]:
     return {name: read_figures(name) for name in ARCHITECTURES}
 
 
+@pytest.fixture
+def mergekit_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random methods keep what they kept when the figures were made."""
+
+    def keep_mask(
+        seed: int, tensor: str, source: str, start: int, stop: int, probabilities: float | torch.Tensor
+    ) -> torch.Tensor:
+        reference, _ = json.loads(source)
+        draws = uniform(tensor, reference.removeprefix("models:"), stop)[start:]
+        return torch.from_numpy(draws) < torch.as_tensor(probabilities, dtype=torch.float64)
+
+    monkeypatch.setattr(masks, "keep_mask", keep_mask)
+
+
+@pytest.mark.usefixtures("mergekit_draws")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_recipe_gives_mergekit_s_numbers(
     case: Case, roots: dict[str, Path], figures: dict[str, dict[str, Figures]], tmp_path: Path
