@@ -21,7 +21,7 @@ from app.recipe import parse_recipe
 from app.sources.resolver import Resolver
 from tests.engine import peft_zoo
 from tests.engine.merges import merge, tensors_of
-from tests.files import write_model
+from tests.files import write_adapter, write_model
 from worker.engine import blocks
 from worker.engine.kernels import Room
 
@@ -371,3 +371,23 @@ def test_an_adapter_finds_an_encoder_stored_without_its_model(bases: Mapping[str
     merge(make_plan(recipe, Resolver(local=tmp_path)), tmp_path / "out")
     found = {f"bert.{name}": value for name, value in tensors_of(tmp_path / "out").items()}
     assert_equal(found, {name: value for name, value in expected.items() if name.startswith("bert.")})
+
+
+def test_experts_of_an_earlier_peft_are_turned(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """Until 0.19 PEFT had (B·A)ᵀ for an expert: einsum "o r e, e r i -> e i o"."""
+    (tmp_path / "base").symlink_to(bases["mixtral"])
+    generator = torch.Generator().manual_seed(4)
+    experts, rank, rows, columns = 3, 2, 48, 40
+    A = torch.randn(experts * rank, rows, generator=generator)
+    B = torch.randn(columns, rank * experts, generator=generator)
+    key = "base_model.model.model.layers.0.mlp.experts"
+    write_adapter(
+        tmp_path / "adapter",
+        {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B},
+        target_parameters=["experts.gate_up_proj"],
+        peft_version="0.18.0",
+    )
+    found = merged_here(tmp_path, "mixtral")["model.layers.0.mlp.experts.gate_up_proj"]
+    before = peft_zoo.load("mixtral", tmp_path / "base").state_dict()["model.layers.0.mlp.experts.gate_up_proj"]
+    delta = torch.einsum("ore,eri->eio", B.view(columns, rank, experts), A.view(experts, rank, rows))
+    torch.testing.assert_close(found, before + 2 * delta, rtol=1e-6, atol=1e-5)
