@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, NoReturn
+
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON escapes one; two of them in a row may be a pair
 
 
 def loads(text: str | bytes) -> Any:
@@ -13,6 +16,14 @@ def loads(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def loads_document(content: bytes) -> Any:
+    """Parse JSON whose parts are written again: as ``loads``, and ValueError on all that is not sound UTF-8."""
+    value = loads(content.decode("utf-8-sig"))
+    if SURROGATE.search(content):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

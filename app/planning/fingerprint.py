@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import app
-from app.planning.plan import PlannedSource
+from app.planning.plan import Document, PlannedSource
 from app.recipe import Recipe, SourceEntry
 from app.recipe.methods import METHODS
 from app.sources.source import SourceFile
+from app.sources.tokenizers import TOKENIZER_JSON
 
 ENGINE_VERSION = "2"  # grows whenever the same recipe would give other bytes
 
@@ -44,12 +45,13 @@ def canonical_recipe(
         "models": models,
         "parameters": {name: value for name, value in shared.items() if value is not None},
         "output": recipe.output.model_dump(),
-        "tokenizer_source": "base",
     }
     if spec.base == "optional" and recipe.base_model is None:
         del resolved["base_model"]  # named, it would be what the models are merged around
     if wanted := recipe.out_dtype or recipe.dtype:
         resolved["out_dtype"] = wanted
+    if recipe.chat_template:
+        resolved["chat_template"] = recipe.chat_template
     if recipe.name:
         resolved["name"] = recipe.name
     return resolved
@@ -59,9 +61,12 @@ def plan_digest(
     resolved: Mapping[str, Any],
     sources: Sequence[PlannedSource],
     companions: Sequence[SourceFile],
-    documents: Mapping[str, Mapping[str, Any]],
+    documents: Mapping[str, Document],
 ) -> str:
-    """sha256 of canonical JSON: the recipe but its name, what pins each file, and what would change the bytes."""
+    """sha256 of canonical JSON: the recipe but its name, what pins each file, and what would change the bytes.
+
+    A tokenizer.json, which may have 30 MB, is left out: it follows from the recipe and from pinned files.
+    """
     pins = [
         [
             source.reference,
@@ -76,7 +81,7 @@ def plan_digest(
         "recipe": {key: item for key, item in resolved.items() if key != "name"},
         "sources": pins,
         "companions": [[file.name, file.header_sha256] for file in companions],
-        "documents": documents,
+        "documents": {name: document for name, document in documents.items() if name != TOKENIZER_JSON},
     }
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -5,9 +5,8 @@ The base has zeros where it has no such token, and so does every source but the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from app.errors import MergeyardError
 from app.planning.layout import Slot
@@ -37,15 +36,8 @@ def grow(slots: Sequence[Slot], resolved: Resolved) -> tuple[Slot, ...]:
 
 
 def vocabulary_size(before: Sequence[Slot], after: Sequence[Slot]) -> int | None:
-    """How many tokens the result has, where it grew."""
+    """How many rows the result has for tokens, where they are not the base's."""
     return next((slot.base.shape[0] for old, slot in zip(before, after, strict=True) if slot is not old), None)
-
-
-def with_vocabulary_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """config.json for that many tokens; models of several parts have the text's config inside."""
-    if "vocab_size" not in config and isinstance(config.get("text_config"), dict):
-        return {**config, "text_config": {**config["text_config"], "vocab_size": size}}
-    return {**config, "vocab_size": size}
 
 
 def _grown(slot: Slot, resolved: Resolved) -> Slot:

@@ -34,7 +34,7 @@ class Slot:
     """One tensor of the result: its name, the tensor it starts from, who may change it.
 
     ``levels`` are the parameters of the whole merge (of slice and module before them, where there are any);
-    ``position`` decides gradients and filters.
+    ``position`` decides gradients and filters. ``dtype`` is the stored type, where ``base`` is read as another.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Slot:
     position: Position
     sources: tuple[SlotSource, ...]
     levels: Levels
+    dtype: str | None = None
 
     @property
     def floating(self) -> bool:

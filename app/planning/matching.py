@@ -17,6 +17,9 @@ from app.sources.source import AdapterSource, LoraModule, ModelSource, StoredTen
 
 HEADS = frozenset({"lm_head", "embed_out"})
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"})
+INPUTS = EMBEDDINGS | {"shared"}
+# The other modules with a row, or in a bias a value, for each token; `decoder` and `predictions` are BERT's.
+OTHER_VOCABULARY = ("shared", "lm_head.decoder", "predictions.decoder", "predictions")
 WITH_HEADS = ("ForCausalLM", "LMHead", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining", "DoubleHeads")
 
 
@@ -41,9 +44,13 @@ class AdapterMatch:
     added: Mapping[str, ScaledTensor]
 
 
-def match_model(model: ModelSource, base: ModelSource) -> ModelMatch:
-    """Raises MergeyardError `model_mismatch` with every tensor that is missing, left over, or of another shape."""
+def match_model(model: ModelSource, base: ModelSource, *, aligned: bool = False) -> ModelMatch:
+    """Raises MergeyardError `model_mismatch` with every tensor that is missing, left over, or of another shape.
+
+    ``aligned``: the recipe says what becomes of the vocabulary, so it may have another size.
+    """
     problems = []
+    vocabulary = vocabulary_tensors(base)
     missing = [name for name in base.tensors if name not in model.tensors]
     extra = [name for name in model.tensors if name not in base.tensors]
     if model.config.get("tie_word_embeddings"):
@@ -56,7 +63,14 @@ def match_model(model: ModelSource, base: ModelSource) -> ModelMatch:
         problems.append(Problem(code="model_mismatch", message=message))
     for name, spec in base.tensors.items():
         own = model.tensors.get(name)
-        if own is not None and own.shape != spec.shape:
+        resized = own is not None and name in vocabulary and own.shape[1:] == spec.shape[1:]
+        if own is not None and own.shape != spec.shape and resized and not aligned:
+            message = (
+                f"{name} has {own.shape[0]} rows in {model.reference} and {spec.shape[0]} in the base: their "
+                "vocabularies differ. Say with `tokenizer_source` (base, union or a model) which one the result has."
+            )
+            problems.append(Problem(code="model_mismatch", message=message))
+        elif own is not None and own.shape != spec.shape and not resized:
             message = (
                 f"{name} is {list(own.shape)} in {model.reference} and {list(spec.shape)} in the base; "
                 "they are not fine-tunes of one model."
@@ -219,6 +233,23 @@ def _other_shape(name: str, spec: TensorSpec, wanted: Sequence[int], adapter: Ad
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row for each token."""
     return _last(name) in EMBEDDINGS | HEADS and name.endswith(".weight")
+
+
+def vocabulary_tensors(base: ModelSource) -> frozenset[str]:
+    """The tensors with a row for each token: the embedding, and heads (with their biases) as long as it is."""
+    rows = {spec.shape[0] for name, spec in base.tensors.items() if _last(name) in INPUTS and len(spec.shape) == 2}
+    if len(rows) != 1:
+        return frozenset()
+    (count,) = rows
+
+    def listed(module: str) -> bool:
+        return module.rpartition(".")[2] in EMBEDDINGS | HEADS or module.endswith(OTHER_VOCABULARY)
+
+    return frozenset(
+        name
+        for name, spec in base.tensors.items()
+        if spec.shape[:1] == (count,) and listed(name.removesuffix(".weight").removesuffix(".bias"))
+    )
 
 
 def is_tied(base: ModelSource) -> bool:

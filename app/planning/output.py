@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from app.planning.grown import with_vocabulary_size
-from app.planning.plan import Estimates, LoraFactors, ShardPlan, TensorPlan
+from app.planning.plan import Document, Estimates, LoraFactors, ShardPlan, TensorPlan
+from app.planning.resolving import Resolved
+from app.planning.tokenizer_files import (
+    chat_template,
+    renumbered,
+    resized_config,
+    template_documents,
+    tokenizer_documents,
+)
+from app.planning.vocabulary import Vocabulary
+from app.recipe import Recipe
 from app.sources.models import read_json
 from app.sources.safetensors import DTYPE_BYTES
-from app.sources.source import ModelSource, SourceFile
+from app.sources.source import SourceFile
+from app.sources.tokenizers import TOKENIZER_CONFIG, TOKENIZER_FILES
 
 DELTA_BUFFER_BYTES = 512_000_000  # the engine keeps one tensor's Δ of every source up to here, else it recomputes
 EXPERT_FACTOR_BYTES = 256_000_000  # the engine keeps experts' factors up to here, where each has its own tensor
@@ -74,25 +83,41 @@ def _factor_bytes(lora: LoraFactors) -> int:
 
 
 def documents_of(
-    base: ModelSource, file_dtype: str | None, vocabulary: int | None = None
-) -> tuple[dict[str, Mapping[str, Any]], tuple[SourceFile, ...]]:
-    """config.json with the output's dtype, and companions; `auto_map` names code, so it goes (CVE-2025-66448).
+    recipe: Recipe, resolved: Resolved, vocabulary: Vocabulary | None, size: int | None
+) -> tuple[dict[str, Document], tuple[SourceFile, ...]]:
+    """What is written anew, and what is copied: the base's files, and those of the tokenizer that the recipe chose.
 
-    ``vocabulary`` is the number of tokens, where it is not the base's.
+    config.json has the output's dtype and ``size``, the rows of a vocabulary that is not the base's. `auto_map` names
+    code, so it goes (CVE-2025-66448).
     """
-    config = {key: value for key, value in base.config.items() if key != "auto_map"}
-    if vocabulary is not None:
-        config = with_vocabulary_size(config, vocabulary)
-    if file_dtype:
+    base = resolved.base
+    config = dict(base.config)
+    if recipe.file_dtype:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-        config.update(dict.fromkeys(keys, LIBRARY_DTYPES[file_dtype]))
-    documents: dict[str, Mapping[str, Any]] = {"config.json": config}
-    companions = []
-    for file in base.companions:
-        if file.name.endswith("_config.json"):
-            value = read_json(file.path, base.reference)
-            if "auto_map" in value:
-                documents[file.name] = {key: item for key, item in value.items() if key != "auto_map"}
-                continue
-        companions.append(file)
-    return documents, tuple(companions)
+        config.update(dict.fromkeys(keys, LIBRARY_DTYPES[recipe.file_dtype]))
+    files = {file.name: file for file in base.companions}
+    documents: dict[str, Document] = {}
+    if vocabulary is not None:
+        config = renumbered(config, vocabulary)
+        files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES}
+        files |= {file.name: file for file in vocabulary.tokenizer.companions}
+        documents.update(tokenizer_documents(vocabulary))
+    documents["config.json"] = config if size is None else resized_config(config, size)
+    for file in files.values():
+        if file.name.endswith("_config.json") and file.name not in documents:
+            own = read_json(file.path, base.reference)
+            moved = vocabulary is not None and file.name == "generation_config.json"
+            value = renumbered(own, vocabulary) if vocabulary is not None and moved else own
+            if "auto_map" in value or value != own:
+                documents[file.name] = value
+    template = chat_template(recipe.chat_template, resolved) if recipe.chat_template else None
+    if template is not None:
+        written = documents.get(TOKENIZER_CONFIG)
+        if written is None and TOKENIZER_CONFIG in files:
+            written = read_json(files[TOKENIZER_CONFIG].path, base.reference)
+        documents |= template_documents(template, written if isinstance(written, Mapping) else None, files)
+    stripped: dict[str, Document] = {
+        name: value if isinstance(value, str) else {key: item for key, item in value.items() if key != "auto_map"}
+        for name, value in documents.items()
+    }
+    return stripped, tuple(file for name, file in files.items() if name not in stripped)

@@ -10,6 +10,7 @@ from app.errors import Problem
 from app.sources.source import GatheredTensor, SourceFile, StoredTensor, TensorSpec
 
 Scalar = float | int | bool | str
+Document = Mapping[str, Any] | str  # JSON, or a text as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +106,10 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSource:
-    """A source as the plan uses it. ``role`` is ``base``, ``model`` or ``adapter``; the worker hashes ``files``."""
+    """A source as the plan uses it; the worker hashes ``files``.
+
+    ``role`` is ``base``, ``model``, ``adapter`` or ``tokenizer``.
+    """
 
     reference: str
     role: str
@@ -130,8 +134,9 @@ class Plan:
 
     ``method`` is the merge method; ``sources`` are the recipe's sources in order (the base is not one of them,
     unless the method counts it); ``base`` is the model whose files and config the result takes.
-    ``companions`` are copied as they are; ``documents`` are JSON files written anew: ``config.json`` (with the output's
-    dtype, without ``auto_map``) and any companion that named code to run.
+    ``tokenizers`` are the models whose vocabulary was read, with the files it was read from.
+    ``companions`` are copied as they are; ``documents`` are files written anew: ``config.json`` (with the output's
+    dtype and vocabulary, without ``auto_map``), what the tokenizer changes, and any companion that named code to run.
     ``recipe`` is the resolved recipe: every reference canonical, every default written out; JSON-ready.
     ``digest`` is a sha256 over the resolved recipe, the pins of every file and the engine's version, and the merge's
     fingerprint. ``warnings`` are problems that do not stop the merge.
@@ -141,8 +146,9 @@ class Plan:
     recipe: Mapping[str, Any]
     base: PlannedSource
     sources: tuple[PlannedSource, ...]
+    tokenizers: tuple[PlannedSource, ...]
     shards: tuple[ShardPlan, ...]
-    documents: Mapping[str, Mapping[str, Any]]
+    documents: Mapping[str, Document]
     companions: tuple[SourceFile, ...]
     metadata: Mapping[str, str]  # the safetensors metadata of every output shard
     estimates: Estimates

@@ -1,6 +1,7 @@
 """Recipe + sources → Plan, or every problem at once. Only headers and configs are read.
 
-references → files (``resolving``) → slots (``layout``) → tensors with their parameters (here) → files (``output``).
+references → files (``resolving``) → slots (``layout``), in one vocabulary (``embedding``) → tensors with their
+parameters (here) → files (``output``).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from app.errors import MergeyardError, Problem
+from app.planning.embedding import align
 from app.planning.fingerprint import canonical_recipe, plan_digest
 from app.planning.grown import grow, vocabulary_size
 from app.planning.layout import Slot, lay_out
@@ -15,6 +17,7 @@ from app.planning.output import cut_shards, documents_of, estimate
 from app.planning.parameters import source_parameters, tensor_parameters
 from app.planning.plan import Contribution, Plan, PlannedSource, Scalar, TensorPlan
 from app.planning.resolving import ResolvedSource, resolve
+from app.planning.vocabulary import plan_vocabulary
 from app.planning.warnings import warnings_of
 from app.recipe import Recipe
 from app.recipe.grammar import shard_bytes
@@ -31,15 +34,19 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     resolved = resolve(recipe, resolver)
     base, sources = resolved.base, resolved.sources
     problems: list[Problem] = []
+    vocabulary = plan_vocabulary(recipe, resolved, resolver)
     stored = lay_out(recipe, resolved)
-    slots = grow(stored, resolved)
+    slots = grow(stored, resolved) if vocabulary is None else align(stored, vocabulary, resolved)
     tensors = [_tensor(recipe, slot, problems) for slot in slots]
     if recipe.merge_method == "ties":
         problems.extend(_varying_densities(tensors, sources))
     if problems:
         raise MergeyardError.of(_first_of_each(problems))
     resolved_recipe = canonical_recipe(recipe, base.reference, [(source.canonical, source.entry) for source in sources])
-    documents, companions = documents_of(base, recipe.file_dtype, vocabulary_size(stored, slots))
+    if vocabulary is not None:
+        resolved_recipe["tokenizer"] = vocabulary.section
+    documents, companions = documents_of(recipe, resolved, vocabulary, vocabulary_size(stored, slots))
+    tokenizers = vocabulary.read if vocabulary else ()
     base_planned = PlannedSource(reference=base.reference, role="base", files=base.files)
     planned = resolved.planned()
     return Plan(
@@ -47,13 +54,17 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
         recipe=resolved_recipe,
         base=base_planned,
         sources=planned,
+        tokenizers=tokenizers,
         shards=cut_shards(tensors, shard_bytes(recipe.output.max_shard_size)),
         documents=documents,
         companions=companions,
         metadata={"format": "pt"},
         estimates=estimate(tensors),
-        warnings=warnings_of(recipe, tensors, base, [(source.where, source.adapter) for source in sources]),
-        digest=plan_digest(resolved_recipe, [base_planned, *planned], companions, documents),
+        warnings=(
+            *warnings_of(recipe, tensors, base, [(source.where, source.adapter) for source in sources]),
+            *(vocabulary.warnings if vocabulary else ()),
+        ),
+        digest=plan_digest(resolved_recipe, [base_planned, *planned, *tokenizers], companions, documents),
     )
 
 
@@ -77,7 +88,7 @@ def _tensor(recipe: Recipe, slot: Slot, problems: list[Problem]) -> TensorPlan:
     return TensorPlan(
         name=slot.name,
         shape=slot.base.shape,
-        dtype=(recipe.file_dtype if slot.floating else None) or slot.base.dtype,
+        dtype=(recipe.file_dtype if slot.floating else None) or slot.dtype or slot.base.dtype,
         base=slot.base,
         contributions=kept,
         parameters=parameters if kept else {},

@@ -49,11 +49,11 @@ def resolve(recipe: Recipe, resolver: Resolver) -> Resolved:
     for index, entry in enumerate(recipe.models):
         where = f"models[{index}]"
         try:
-            resolved = _resolve(entry, where, base, resolver)
+            resolved = _resolve(entry, where, base, resolver, aligned=recipe.vocabulary is not None)
             if resolved.model or resolved.adapter or counts_base:
                 sources.append(resolved)
         except MergeyardError as error:
-            problems.extend(_placed(error, f"{where}.{'adapter' if entry.adapter else 'model'}"))
+            problems.extend(placed(error, f"{where}.{'adapter' if entry.adapter else 'model'}"))
     if problems:
         raise MergeyardError.of(problems)
     if not sources:
@@ -97,10 +97,10 @@ def _base_model(text: str, where: str, resolver: Resolver) -> ModelSource:
     try:
         return resolver.model(text)
     except MergeyardError as error:
-        raise MergeyardError.of(_placed(error, where)) from None
+        raise MergeyardError.of(placed(error, where)) from None
 
 
-def _resolve(entry: SourceEntry, where: str, base: ModelSource, resolver: Resolver) -> ResolvedSource:
+def _resolve(entry: SourceEntry, where: str, base: ModelSource, resolver: Resolver, *, aligned: bool) -> ResolvedSource:
     model_text, adapter_text = split_adapter(entry.model) if entry.model else (None, entry.adapter)
     model: ModelMatch | None = None
     canonical: dict[str, str] = {}
@@ -108,7 +108,7 @@ def _resolve(entry: SourceEntry, where: str, base: ModelSource, resolver: Resolv
         reference = resolver.canonical(model_text)
         canonical["model"] = reference
         if reference != base.reference:
-            model = match_model(resolver.model(model_text), base)
+            model = match_model(resolver.model(model_text), base, aligned=aligned)
     adapter: AdapterMatch | None = None
     if adapter_text is not None:
         adapter = match_adapter(resolver.adapter(adapter_text), base, on=model.tensors if model else base.tensors)
@@ -117,7 +117,8 @@ def _resolve(entry: SourceEntry, where: str, base: ModelSource, resolver: Resolv
     return ResolvedSource(entry=entry, where=where, model=model, adapter=adapter, canonical=canonical)
 
 
-def _placed(error: MergeyardError, where: str) -> list[Problem]:
+def placed(error: MergeyardError, where: str) -> list[Problem]:
+    """A failure's problems at ``where`` in the recipe, unless they say where themselves."""
     return [
         Problem(code=problem.code, message=problem.message, where=problem.where or where) for problem in error.problems
     ]

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from app.recipe.tokenizer import Tokenizer
+
 SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 MAX_SOURCES = 256
 DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours → safetensors'
@@ -55,7 +57,9 @@ class Recipe(_Strict):
     dtype: OutDtype | None = Field(None, description="mergekit's name for out_dtype; arithmetic is float32 always")
     out_dtype: OutDtype | None = Field(None, description="Type of the files; default: each tensor's own")
     output: Output = Output()
-    tokenizer_source: Literal["base"] | None = Field(None, description="The tokenizer is the base model's")
+    tokenizer: Tokenizer | None = Field(None, description="The vocabulary of the result; default: the base's, unread")
+    tokenizer_source: str | None = Field(None, description="Short for `tokenizer: {source: …}`")
+    chat_template: str | None = Field(None, description="auto, a known name, or a Jinja template")
     name: str | None = Field(None, description="A name for people")
 
     @field_validator("dtype", "out_dtype", mode="before")
@@ -68,6 +72,11 @@ class Recipe(_Strict):
         """The safetensors dtype every floating tensor is cast to, or None to keep the base's."""
         wanted = self.out_dtype or self.dtype
         return DTYPES[wanted] if wanted else None
+
+    @property
+    def vocabulary(self) -> Tokenizer | None:
+        """What the recipe says of the tokenizer, in whichever of the two ways; None: nothing."""
+        return self.tokenizer or (Tokenizer(source=self.tokenizer_source) if self.tokenizer_source else None)
 
 
 def shard_bytes(size: int | str) -> int:

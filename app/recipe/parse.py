@@ -13,14 +13,17 @@ from pydantic import BaseModel, ValidationError
 
 from app import strict_json
 from app.errors import MergeyardError, Problem
+from app.recipe.chat_templates import check_chat_template
 from app.recipe.grammar import Output, Recipe, SourceEntry
 from app.recipe.methods import METHODS, MethodSpec
+from app.recipe.tokenizer import Tokenizer, TokenSetting, TokenSource
 from app.recipe.values import check_value
 
 MAX_TEXT = 256_000  # characters; far above any real recipe, as are the next three
 MAX_NODES = 100_000  # YAML aliases can unfold to billions
 MAX_DEPTH = 32
 MAX_STRING = 2_000
+MAX_TEMPLATE = 64_000  # a chat template
 MAX_BITS = 256
 MAX_PROBLEMS = 100  # more would not be read
 
@@ -28,9 +31,7 @@ MAX_PROBLEMS = 100  # more would not be read
 LATER_KEYS = {
     "slices": "list whole models under `models`",
     "modules": "list whole models under `models`",
-    "chat_template": "leave it out: the result takes the base model's chat template",
     "evaluation": "leave it out and score the result yourself",
-    "pad_to_multiple_of": "leave it out: the vocabulary stays the base model's",
 }
 LATER_METHODS = frozenset(["core_space", "tsv", "iso_c", "knots"])
 
@@ -51,14 +52,7 @@ def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
         for key, instead in LATER_KEYS.items()
         if raw.get(key) is not None
     ]
-    if raw.get("tokenizer") not in (None, {"source": "base"}):
-        message = "Only the base model's tokenizer is supported yet; leave it out or write `{source: base}`."
-        problems.append(Problem(code="not_supported", message=message, where="tokenizer"))
-    known = {str(key): value for key, value in raw.items() if key not in LATER_KEYS and key != "tokenizer"}
-    if known.get("tokenizer_source") not in (None, "base"):
-        message = "Only `tokenizer_source: base` is supported yet; leave it out or write base."
-        problems.append(Problem(code="not_supported", message=message, where="tokenizer_source"))
-        del known["tokenizer_source"]
+    known = {str(key): value for key, value in raw.items() if key not in LATER_KEYS}
     try:
         recipe = Recipe.model_validate(known)
     except ValidationError as error:
@@ -136,6 +130,7 @@ def _load(text: str | bytes) -> Any:
 def _bound(raw: Any) -> None:
     """Refuse what unfolds to more than any recipe needs (aliases of aliases, aliases of themselves)."""
     budget = MAX_NODES
+    template = raw.get("chat_template") if isinstance(raw, Mapping) else None
     stack = [(raw, 0)]
     while stack:
         value, depth = stack.pop()
@@ -144,8 +139,9 @@ def _bound(raw: Any) -> None:
             raise MergeyardError(
                 "recipe_syntax", "The recipe is too large or too deeply nested; check its anchors and aliases"
             )
-        if isinstance(value, str) and len(value) > MAX_STRING:
-            raise MergeyardError("recipe_syntax", f"A text in the recipe is longer than {MAX_STRING:,} characters")
+        longest = MAX_TEMPLATE if value is template else MAX_STRING
+        if isinstance(value, str) and len(value) > longest:
+            raise MergeyardError("recipe_syntax", f"A text in the recipe is longer than {longest:,} characters")
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise MergeyardError("recipe_syntax", "A number in the recipe has too many digits")
         if isinstance(value, Mapping):
@@ -161,7 +157,9 @@ def _structural(error: ValidationError) -> list[Problem]:
         where = place(found["loc"])
         if found["type"] == "extra_forbidden":
             inside: type[BaseModel] = Recipe
-            if len(found["loc"]) > 1:
+            if found["loc"][0] == "tokenizer":
+                inside = (Tokenizer, TokenSetting, TokenSource)[min(len(found["loc"]) // 2 - 1, 2)]
+            elif len(found["loc"]) > 1:
                 inside = Output if found["loc"][0] == "output" else SourceEntry
             problems.append(unknown_key(str(found["loc"][-1]), inside.model_fields, where))
         elif found["type"] == "missing":
@@ -188,6 +186,11 @@ def _check(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
     if recipe.output.kind == "adapter":
         message = "`output.kind: adapter` is not supported yet; write a checkpoint."
         problems.append(Problem(code="not_supported", message=message, where="output.kind"))
+    if recipe.tokenizer and recipe.tokenizer_source:
+        message = "Give `tokenizer` or its short form `tokenizer_source`, not both."
+        problems.append(Problem(code="recipe_invalid", message=message, where="tokenizer_source"))
+    if recipe.chat_template is not None and (problem := check_chat_template(recipe.chat_template)):
+        problems.append(problem)
     parameters = _parameters(recipe.parameters, spec, "parameters", problems, per_source_only=False)
     models = []
     for index, entry in enumerate(recipe.models):

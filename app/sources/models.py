@@ -62,8 +62,13 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
         tensors=tensors,
         config=config,
         files=tuple(shards),
-        companions=tuple(pin(files[name], name) for name in COMPANIONS if name in files),
+        companions=companions_of(files),
     )
+
+
+def companions_of(files: Mapping[str, Path]) -> tuple[SourceFile, ...]:
+    """The files that travel with a model, each pinned. Raises MergeyardError `source_not_found`."""
+    return tuple(pin(files[name], name) for name in COMPANIONS if name in files)
 
 
 def pin(path: Path, name: str) -> SourceFile:
@@ -81,7 +86,7 @@ def read_json(path: Path, reference: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise MergeyardError("source_format", f"{path.name} of {reference} is larger than {MAX_JSON_BYTES} bytes")
-        value = strict_json.loads(path.read_bytes())
+        value = strict_json.loads_document(path.read_bytes())
     except OSError as error:
         message = f"{path.name} of {reference} cannot be read: {error.strerror}"
         raise MergeyardError("source_not_found", message) from None

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from app.errors import MergeyardError
 from app.sources.adapters import load_adapter
-from app.sources.models import load_model
+from app.sources.models import companions_of, load_model
 from app.sources.references import Reference, parse_reference
-from app.sources.source import AdapterSource, ModelSource
+from app.sources.source import AdapterSource, ModelSource, SourceFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,11 @@ class Resolver:
         """A PEFT adapter. Raises MergeyardError as `canonical` and `load_adapter` do."""
         reference, files = self._files(text)
         return load_adapter(files, str(reference))
+
+    def companions(self, text: str) -> tuple[SourceFile, ...]:
+        """What travels with a model's weights, where only that is wanted. Raises MergeyardError as `canonical` does."""
+        _, files = self._files(text)
+        return companions_of(files)
 
     def canonical(self, text: str) -> str:
         """The canonical form of a reference that exists (two spellings of one source become equal).

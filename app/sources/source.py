@@ -5,10 +5,11 @@ Everything here is read from headers and configs; no weights are read.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +57,16 @@ class Run:
 class GatheredTensor:
     """A tensor put together from rows (index of the first axis) of stored ones: vocabularies that grew or were united.
 
-    ``runs`` cover every row once, in order. Rows of all parts have the shape ``shape[1:]``. ``dtype`` is what the
-    tensor is read as: that of its parts where they agree and no row is a mean, else F32, so that nothing is rounded.
+    ``runs`` cover every row once, in order, but the last ``padding`` ones, each of which is the mean of all rows before
+    them. Rows of all parts have the shape ``shape[1:]``. ``dtype`` is what the tensor is read as: that of its parts
+    where they agree and no row is a mean, else F32, so that nothing is rounded.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
+    padding: int = 0
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
@@ -72,23 +75,57 @@ class GatheredTensor:
 
 
 StoredTensor = TensorSpec | GatheredTensor
+Part = TypeVar("Part")  # what rows are taken from: a tensor, or what stands for one
 Row = tuple[tuple[TensorSpec, int], ...]  # the tensors a row is the mean of, and the row's index in each
 
 
 def gathered(name: str, rows: Iterable[Row], row_shape: tuple[int, ...]) -> GatheredTensor:
-    """A tensor of these rows, each of ``row_shape``; neighbours that stay neighbours become one run."""
-    runs: list[Run] = []
+    """A tensor of these rows, each of ``row_shape``."""
+    return assembled(name, joined(rows), row_shape)
+
+
+def joined(rows: Iterable[tuple[tuple[Part, int], ...]]) -> list[tuple[int, int, tuple[tuple[Part, int], ...]]]:
+    """Neighbours that stay neighbours as one: (start, count, the parts of the first)."""
+    runs: list[tuple[int, int, tuple[tuple[Part, int], ...]]] = []
+    parts: tuple[tuple[Part, int], ...] | None = None
+    start, index = 0, -1
     for index, row in enumerate(rows):
-        last = runs[-1] if runs else None
-        if last is not None and row == tuple((spec, first + last.count) for spec, first in last.parts):
-            runs[-1] = Run(start=last.start, count=last.count + 1, parts=last.parts)
-        else:
-            runs.append(Run(start=index, count=1, parts=row))
-    dtypes = {spec.dtype for run in runs for spec, _ in run.parts}
-    plain = len(dtypes) == 1 and all(len(run.parts) < 2 for run in runs)
-    count = runs[-1].start + runs[-1].count if runs else 0
-    dtype = dtypes.pop() if plain else "F32"
-    return GatheredTensor(name=name, dtype=dtype, shape=(count, *row_shape), runs=tuple(runs))
+        if parts is not None and row == tuple((part, first + index - start) for part, first in parts):
+            continue
+        if parts is not None:
+            runs.append((start, index - start, parts))
+        start, parts = index, row
+    if parts is not None:
+        runs.append((start, index + 1 - start, parts))
+    return runs
+
+
+def row_of(stored: StoredTensor, index: int) -> Row:
+    """A row in terms of stored tensors. Not for ``padding``."""
+    if isinstance(stored, TensorSpec):
+        return ((stored, index),)
+    run = stored.runs[bisect_right(stored.runs, index, key=lambda run: run.start) - 1]
+    return tuple((spec, first + index - run.start) for spec, first in run.parts)
+
+
+def assembled(
+    name: str,
+    runs: Iterable[tuple[int, int, tuple[tuple[TensorSpec, int], ...]]],
+    row_shape: tuple[int, ...],
+    padding: int = 0,
+) -> GatheredTensor:
+    """The tensor of ``joined`` rows, and ``padding`` more that are their mean."""
+    made = tuple(Run(start=start, count=count, parts=parts) for start, count, parts in runs)
+    dtypes = {spec.dtype for run in made for spec, _ in run.parts}
+    plain = len(dtypes) == 1 and not padding and all(len(run.parts) < 2 for run in made)
+    count = made[-1].start + made[-1].count if made else 0
+    return GatheredTensor(
+        name=name,
+        dtype=dtypes.pop() if plain else "F32",
+        shape=(count + padding, *row_shape),
+        runs=made,
+        padding=padding,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

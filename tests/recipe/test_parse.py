@@ -129,8 +129,10 @@ def test_a_misspelt_key_names_the_nearest_known_one(wrong: dict[str, Any], neare
         ("merge_method: linear\nmodels: [{model: a}]\ndtype: int8", "recipe_invalid"),
         ("merge_method: linear\nmodels: [{model: a}]\noutput: {max_shard_size: 0}", "recipe_invalid"),
         ("merge_method: linear\nmodels: [{model: a}]\noutput: {kind: adapter}", "not_supported"),
-        ("merge_method: linear\nmodels: [{model: a}]\ntokenizer_source: union", "not_supported"),
-        ("merge_method: linear\nmodels: [{model: a}]\ntokenizer: {source: union}", "not_supported"),
+        (
+            "merge_method: linear\nmodels: [{model: a}]\ntokenizer: {source: union}\ntokenizer_source: base",
+            "recipe_invalid",
+        ),
         (f"merge_method: linear\nmodels: [{{model: a}}]\noutput: {{max_shard_size: '{'9' * 400}'}}", "recipe_invalid"),
         (f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: 0x{'f' * 5000}}}}}]", "recipe_syntax"),
         (f"merge_method: linear\nmodels: [{{model: {'a' * 3000}}}]", "recipe_syntax"),

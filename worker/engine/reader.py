@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from itertools import islice
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from app.errors import MergeyardError
@@ -37,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _HEADER_LIMIT = 100_000_000
+_MEAN_VALUES = 1 << 20  # read at a time for a mean over a whole tensor
 
 
 def dtype_of(spec_dtype: str, tensor: str) -> torch.dtype:
@@ -60,6 +62,8 @@ class Reader:
     def __init__(self) -> None:
         self._open: dict[SourceFile, int] = {}
         self._lock = threading.Lock()
+        self._means: dict[int, tuple[GatheredTensor, torch.Tensor]] = {}  # by id: these are too large to hash
+        self._means_lock = threading.Lock()
 
     def __enter__(self) -> Reader:
         return self
@@ -104,6 +108,12 @@ class Reader:
             self._fill(spec, start * values.dtype.itemsize, values.view(torch.uint8))
             return
         width = math.prod(spec.shape[1:])
+        padded_from = (spec.shape[0] - spec.padding) * width
+        if start + len(values) > padded_from:
+            first = max(start, padded_from)
+            row = self._mean_row(spec)
+            values[first - start :] = row[torch.arange(first, start + len(values)).sub_(padded_from).remainder_(width)]
+            values = values[: first - start]
         for run in _runs_within(spec, start, start + len(values), width):
             first = max(start, run.start * width)
             last = min(start + len(values), (run.start + run.count) * width)
@@ -119,6 +129,20 @@ class Reader:
                 piece += own.to(piece.dtype)
             if len(places) > 1:
                 piece /= len(places)
+
+    def _mean_row(self, spec: GatheredTensor) -> torch.Tensor:
+        """The mean of all rows but the padding, (width,), summed in float64; made once for each tensor."""
+        with self._means_lock:
+            if id(spec) not in self._means:
+                count, width = spec.shape[0] - spec.padding, math.prod(spec.shape[1:])
+                total = np.zeros(width)
+                step = max(1, _MEAN_VALUES // max(1, width))
+                for row in range(0, count, step):
+                    values = torch.empty(min(step, count - row) * width)
+                    self._read(spec, row * width, values)
+                    total += values.numpy().reshape(-1, width).sum(axis=0, dtype=np.float64)
+                self._means[id(spec)] = (spec, torch.from_numpy((total / max(1, count)).astype(np.float32)))
+            return self._means[id(spec)][1]
 
     def _fill(self, spec: TensorSpec, start: int, out: torch.Tensor) -> None:
         descriptor = self._descriptor(spec.file)

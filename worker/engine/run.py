@@ -174,23 +174,26 @@ def _user_errors(plan: Plan) -> Iterator[None]:
 
 
 def _source_files(plan: Plan) -> Iterator[SourceFile]:
-    for source in (plan.base, *plan.sources):
+    for source in (plan.base, *plan.sources, *plan.tokenizers):
         yield from source.files
 
 
 def _source_records(plan: Plan, digests: Mapping[SourceFile, str]) -> tuple[SourceRecord, ...]:
-    """The base first, then the sources in the recipe's order."""
+    """The base first, then the sources in the recipe's order, then what only lent its vocabulary."""
 
     def record(source: PlannedSource) -> SourceRecord:
         files = {file.name: digests[file] for file in source.files}
         return SourceRecord(reference=source.reference, role=source.role, files=files)
 
-    return tuple(record(source) for source in (plan.base, *plan.sources))
+    return tuple(record(source) for source in (plan.base, *plan.sources, *plan.tokenizers))
 
 
 def _write_small_files(plan: Plan, sink: Sink, card: str) -> list[StoredFile]:
     """Index, documents, companions and the card, in an order that the plan alone decides."""
-    own = {name: json_bytes(value) for name, value in plan.documents.items()}
+    own = {
+        name: document.encode() if isinstance(document, str) else json_bytes(document)
+        for name, document in plan.documents.items()
+    }
     if (index := index_of(plan)) is not None:
         own[INDEX_NAME] = index
     own[CARD_NAME] = card.encode()
