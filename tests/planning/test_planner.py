@@ -258,6 +258,27 @@ def test_a_tie_that_was_trained_as_one_is_merged_as_one(root: Path) -> None:
     assert [item.name for item in plan.tensors if item.contributions] == ["model.embed_tokens.weight"]
 
 
+def test_a_tie_stored_twice_changes_twice(root: Path) -> None:
+    write_model(root / "base", {**llama_tensors(), "lm_head.weight": torch.zeros(16, 8)}, tie_word_embeddings=True)
+    key = "base_model.model.model.embed_tokens"
+    rows = {f"{key}.token_adapter.trainable_tokens_delta": torch.ones(1, 8)}
+    factors = {f"{key}.lora_embedding_A": torch.ones(2, 16), f"{key}.lora_embedding_B": torch.ones(8, 2)}
+    write_adapter(root / "sql", rows, trainable_token_indices=[3])
+    write_adapter(root / "json", factors, ensure_weight_tying=True)
+    for name in ("sql", "json"):
+        plan = plan_of(root, models=[{"adapter": name}])
+        assert [item.name for item in plan.tensors if item.contributions] == ["lm_head.weight", f"{key[17:]}.weight"]
+
+
+def test_a_classifier_has_no_head_to_tie(root: Path) -> None:
+    """Its config says that embeddings are tied, as that of every BERT does."""
+    write_model(root / "base", architectures=["BertForSequenceClassification"], tie_word_embeddings=True)
+    key = "base_model.model.model.embed_tokens"
+    factors = {f"{key}.lora_embedding_A": torch.ones(2, 16), f"{key}.lora_embedding_B": torch.ones(8, 2)}
+    write_adapter(root / "sql", factors)
+    assert plan_of(root, models=[{"adapter": "sql"}]).estimates.tensors_touched == 1
+
+
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_one_prefix_between_checkpoint_and_adapter_is_bridged(root: Path, prefix: str) -> None:
     other = "" if prefix else "transformer."

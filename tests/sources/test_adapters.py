@@ -53,37 +53,6 @@ def test_saved_modules_keep_their_plain_name(tmp_path: Path) -> None:
     assert list(adapter.saved) == ["score.weight"]
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "aLoRA": ({"alora_invocation_tokens": [1]}, "adapter_alora", "serve it beside the model"),
-    "X-LoRA": ({"peft_type": "XLORA"}, "adapter_xlora", "merge the adapters it was made of"),
-    "Arrow": ({"arrow_config": {"top_k": 1}}, "adapter_arrow", "merge the adapters it routes to"),
-    "KaSA": ({"kasa_config": {"beta": 1}}, "adapter_kasa", "let PEFT merge it"),
-    "QA-LoRA": ({"use_qalora": True}, "adapter_qalora", "train a plain LoRA"),
-    "MonteCLoRA": ({"monteclora_config": {"num_samples": 1}}, "adapter_monteclora", "let PEFT merge it"),
-    "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, "adapter_bdlora", "let PEFT merge it"),
-    "replicated layers": ({"layer_replication": [[0, 1]]}, "adapter_layer_replication", "save the replicated model"),
-    "raw PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "adapter_raw_init", "path_initial_model_for_weight"),
-    "raw OLoRA": ({"init_lora_weights": "olora"}, "adapter_raw_init", "path_initial_model_for_weight"),
-    "raw CorDA": ({"init_lora_weights": "corda"}, "adapter_raw_init", "path_initial_model_for_weight"),
-    "LoftQ": ({"init_lora_weights": "loftq"}, "adapter_loftq", "merge it into that base with PEFT"),
-    "another start": ({"init_lora_weights": "tomorrow"}, "adapter_unsupported", "let PEFT merge"),
-    "a field nobody knows": ({"from_the_future": 3}, "adapter_unsupported", "from_the_future"),
-    **{
-        kind: ({"peft_type": kind}, "adapter_peft_type", f"of the type {kind}")
-        for kind in ("IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "PROMPT_TUNING", "LN_TUNING", "TRAINABLE_TOKENS")
-    },
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_other_kinds_are_refused_by_name(kind: str, tmp_path: Path) -> None:
-    config, code, advice = REFUSED[kind]
-    with pytest.raises(MergeyardError) as caught:
-        load_adapter(listing(write_adapter(tmp_path, **config)), "x")
-    assert caught.value.code == code
-    assert advice in caught.value.message
-
-
 def test_fields_nobody_knows_are_fine_where_they_say_nothing(tmp_path: Path) -> None:
     assert len(scales(write_adapter(tmp_path, from_the_future=None, also=False, and_this=[], arrow_config=None))) == 4
 
