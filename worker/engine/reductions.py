@@ -40,23 +40,20 @@ class Grouping:
 
     @classmethod
     def rows(cls, shape: tuple[int, ...]) -> Grouping:
-        """The last axis; a tensor of one axis is one vector."""
+        """Along the last axis: whole within a block. A tensor of one axis is one vector."""
         return cls("rows", shape[-1]) if len(shape) > 1 else cls.whole(shape)
 
     @classmethod
     def columns(cls, shape: tuple[int, ...]) -> Grouping:
-        """The first axis; a tensor of one axis is one vector."""
+        """Along the first axis. A tensor of one axis is one vector."""
         return cls("columns", math.prod(shape[1:])) if len(shape) > 1 else cls.whole(shape)
-
-    def groups(self, numel: int) -> int:
-        """The number of vectors in a tensor of ``numel`` values."""
-        if self.along == "tensor":
-            return 1
-        return self.width if self.along == "columns" else numel // self.width
 
 
 def gram(tensor: TensorPass, vectors: Values, grouping: Grouping) -> torch.Tensor:
-    """⟨v_k, v_l⟩ of every group, float64 (groups, K, K); ``vectors`` gives the v of a block, float32 (K, n)."""
+    """⟨v_k, v_l⟩ of every group that spans blocks, float64 (groups, K, K).
+
+    ``vectors`` gives the v of a block, float32 (K, n).
+    """
 
     def of_block(view: BlockView) -> list[tuple[slice, torch.Tensor]]:
         values = vectors(view)
@@ -64,31 +61,39 @@ def gram(tensor: TensorPass, vectors: Values, grouping: Grouping) -> torch.Tenso
 
     result: torch.Tensor | None = None
     for parts in tensor.each(of_block):
-        for groups, products in parts:
+        for group, products in parts:
             if result is None:
-                count = products.shape[-1]
-                numel = math.prod(tensor.tensor.shape)
-                result = torch.zeros((grouping.groups(numel), count, count), dtype=torch.float64)
-            result[groups] += products
-    return torch.zeros((0, 0, 0), dtype=torch.float64) if result is None else result
+                groups = grouping.width if grouping.along == "columns" else 1
+                result = torch.zeros((groups, *products.shape[1:]), dtype=torch.float64)
+            result[group] += products
+    assert result is not None  # an empty tensor is not merged
+    return result
+
+
+def gram_of_rows(block: Block, vectors: torch.Tensor, grouping: Grouping) -> torch.Tensor:
+    """⟨v_k, v_l⟩ of the rows of one block, float64 (rows, K, K), where the grouping is by rows."""
+    (piece,) = _pieces(block, grouping)
+    return _products(vectors, piece, grouping)
 
 
 def combined(block: Block, vectors: torch.Tensor, coefficients: torch.Tensor, grouping: Grouping) -> torch.Tensor:
-    """Σ_k c_k·v_k, float32 (n,), in the order of the vectors; ``coefficients``: (groups, K)."""
+    """Σ_k c_k·v_k, float32 (n,), in the order of the vectors.
+
+    ``coefficients``: (groups, K), where the grouping is by rows those of the block.
+    """
     result = torch.zeros(vectors.shape[1])
     for piece in _pieces(block, grouping):
-        own = coefficients[piece.group].float()  # (groups of the piece, K)
+        own = coefficients[piece.group].float()
         part = result[piece.start : piece.stop].view(piece.rows, -1)
         for index, values in enumerate(vectors):
-            factor = own[:, index]
-            factor = factor[:, None] if grouping.along == "rows" else factor
+            factor = own[:, index] if grouping.along == "columns" else own[:, index, None]
             part += factor * values[piece.start : piece.stop].view(piece.rows, -1)
     return result
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A rectangle of whole or partial rows: values ``start`` to ``stop`` of a block, and the groups they are in."""
+    """A rectangle of rows: values ``start`` to ``stop`` of a block, and the groups that they are in."""
 
     start: int
     stop: int
@@ -97,29 +102,34 @@ class _Piece:
 
 
 def _pieces(block: Block, grouping: Grouping) -> Iterator[_Piece]:
-    """Cut a block at the rows: the end of one, whole ones, the beginning of another."""
     if grouping.along == "tensor":
         yield _Piece(0, block.size, 1, slice(0, 1))
-        return
-    width, start = grouping.width, block.start
+    elif grouping.along == "rows":
+        rows = block.size // grouping.width
+        yield _Piece(0, block.size, rows, slice(0, rows))
+    else:
+        yield from _columns(block, grouping.width)
+
+
+def _columns(block: Block, width: int) -> Iterator[_Piece]:
+    """A block may begin and end within a row of columns: the end of one, whole ones, the beginning of another."""
+    start = block.start
     while start < block.stop:
-        row, column = divmod(start, width)
-        whole = (block.stop - start) // width if column == 0 else 0
-        stop = start + whole * width if whole else min(block.stop, (row + 1) * width)
-        rows = max(1, whole)
+        column = start % width
+        rows = max(1, (block.stop - start) // width) if column == 0 else 1
+        stop = min(block.stop, start - column + rows * width)
         columns = (stop - start) // rows
-        group = slice(row, row + rows) if grouping.along == "rows" else slice(column, column + columns)
-        yield _Piece(start - block.start, stop - block.start, rows, group)
+        yield _Piece(start - block.start, stop - block.start, rows, slice(column, column + columns))
         start = stop
 
 
 def _products(values: torch.Tensor, piece: _Piece, grouping: Grouping) -> torch.Tensor:
     """float64 (groups of the piece, K, K)."""
-    part = values[:, piece.start : piece.stop].double().view(len(values), piece.rows, -1)
-    axis = 1 if grouping.along == "columns" else 2
     count = len(values)
-    products = torch.empty((part.shape[3 - axis], count, count), dtype=torch.float64)
+    part = values[:, piece.start : piece.stop].double().view(count, piece.rows, -1)
+    axis = 0 if grouping.along == "columns" else 1
+    products = torch.empty((part.shape[2 - axis], count, count), dtype=torch.float64)
     for k in range(count):
         for other in range(k, count):
-            products[:, k, other] = products[:, other, k] = (part[k] * part[other]).sum(axis - 1)
+            products[:, k, other] = products[:, other, k] = (part[k] * part[other]).sum(axis)
     return products

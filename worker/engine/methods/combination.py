@@ -1,7 +1,8 @@
 """Methods whose result is a linear combination of vectors with coefficients that their Gram matrix alone decides.
 
-One sweep takes the inner products in float64, the method turns them into coefficients, and blocks are summed in
-float32. So angles, means on a sphere and ratios need no vector of their own, whatever their number of iterations.
+One sweep takes the inner products in float64 (rows lie within a block and need none), the method turns them into
+coefficients, and blocks are summed in float32. So angles, means on a sphere and ratios need no vector of their own,
+whatever their number of iterations.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from app.planning.plan import TensorPlan
 from worker.engine.methods.method import Blend, Blended, BlendMethod
-from worker.engine.reductions import Grouping, combined, gram
+from worker.engine.reductions import Grouping, combined, gram, gram_of_rows
 from worker.engine.views import BlockView, TensorPass
 
 # sources: x_i; deltas: δ_i, and the base is added to their combination; both: the base, then x_i
@@ -32,10 +33,16 @@ def combination(
 
     def prepare(tensor: TensorPass) -> Blend:
         kind, groups = vectors(tensor.tensor), grouping(tensor.tensor)
-        factors = coefficients(tensor.tensor, gram(tensor, lambda view: _vectors(view, kind), groups))
+        spanning: torch.Tensor | None = None
+        if groups.along != "rows":
+            spanning = coefficients(tensor.tensor, gram(tensor, lambda view: _vectors(view, kind), groups))
 
         def blend(view: BlockView) -> Blended:
-            result = combined(view.block, _vectors(view, kind), factors, groups)
+            own = _vectors(view, kind)
+            factors = spanning
+            if factors is None:
+                factors = coefficients(tensor.tensor, gram_of_rows(view.block, own, groups))
+            result = combined(view.block, own, factors, groups)
             return Blended(result + view.base if kind == "deltas" else result)
 
         return blend
