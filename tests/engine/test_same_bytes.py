@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.recipe.methods import METHODS
 from tests.engine.merges import bytes_of, merge, plan_of
 from tests.files import llama_tensors, lora_tensors, write_adapter, write_model
 from worker.engine import blocks
@@ -77,14 +78,65 @@ def test_larger_tensors_at_odd_widths_change_no_byte(tmp_path: Path) -> None:
     assert all(other == found[0] for other in found)
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+# what a method must be told, or that puts its passes to work; models: how many sources it takes
+OWN: dict[str, dict[str, Any]] = {
+    "breadcrumbs": {"rescale": True},
+    "slerp": {"t": 0.3},
+    "nuslerp": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "model_stock": {"filter_wise": True},
+    "sce": {"select_topk": 0.4},
+    "nearswap": {"t": 0.1},
+    "passthrough": {"scale": 0.7},
+}
+
+
+def every_method(method: str) -> dict[str, Any]:
+    spec = METHODS[method]
+    models = [{"adapter": "sql"}, {"model": "tuned+json"}, {"model": "tuned"}][-(spec.most or 3) :]
+    parameters: dict[str, Any] = {"density": 0.4} if "density" in spec.parameters else {}
+    if "weight" in spec.parameters:
+        parameters["weight"] = 0.3
+    return {
+        "base_model": "base",
+        "merge_method": method,
+        "models": models,
+        "parameters": {**parameters, **OWN.get(method, {})},
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_and_memory_change_no_byte_of_any_method(method: str, root: Path) -> None:
+    plan = plan_of(root, every_method(method))
+    found = []
+    for threads, budget in ((1, 1 << 20), (1, 0), (3, 0), (7, 1 << 20)):
+        merge(plan, root / f"out-{len(found)}", threads=threads, delta_budget=budget)
+        found.append(bytes_of(root / f"out-{len(found)}"))
+    assert all(other == found[0] for other in found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_resolved_recipe_of_any_method_is_planned_alike(method: str, root: Path) -> None:
+    """A worker plans from it again."""
+    plan = plan_of(root, every_method(method))
+    assert plan_of(root, plan.recipe).digest == plan.digest
+
+
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.base == "optional"])
+def test_the_resolved_recipe_names_no_base_where_the_recipe_named_none(method: str, root: Path) -> None:
+    models = [{"model": "tuned"}, {"model": "base"}]
+    plan = plan_of(root, {"merge_method": method, "models": models})
+    again = plan_of(root, plan.recipe)
+    assert again.digest == plan.digest
+    assert [tensor.parameters for tensor in again.tensors] == [tensor.parameters for tensor in plan.tensors]
+
+
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.symmetric and not spec.most])
 def test_the_order_of_the_sources_changes_no_byte(root: Path, method: str) -> None:
     write_model(root / "third", llama_tensors(seed=8, dtype=torch.bfloat16))
     models = [{"model": "base"}, {"model": "tuned"}, {"model": "third"}, {"adapter": "sql"}, {"adapter": "json"}]
     found = []
     for index, order in enumerate((models, models[::-1], [models[i] for i in (2, 4, 0, 3, 1)])):
-        weights = {"weight": 0.3, "density": 0.6} if method == "ties" else {"weight": 0.3}
-        wanted = {"base_model": "base", "merge_method": method, "models": order, "parameters": weights}
+        wanted = {**every_method(method), "models": order}
         merge(plan_of(root, wanted), root / f"out-{index}")
         found.append(bytes_of(root / f"out-{index}"))
     assert found[1] == found[0]
