@@ -33,13 +33,14 @@ class TensorStatistics:
     """What the merge did to one tensor.
 
     ``trimmed``: share of each source's values set to zero; ``sign_conflict``: of the parameters that at least one
-    source still changes, the share where sources disagree in sign; ``source_norms``: ‖δ‖₂ before the trim;
+    source still changes, the share where sources disagree in sign (None where factors were merged and no values
+    compared; of the factors' own space where those were); ``source_norms``: ‖δ‖₂ before the trim;
     ``merged_norm``: ‖result - base‖₂, before the cast. Lists are in the order of ``sources`` (indices).
     """
 
     sources: tuple[int, ...]
     trimmed: tuple[float, ...]
-    sign_conflict: float
+    sign_conflict: float | None
     source_norms: tuple[float, ...]
     merged_norm: float
     parameters: int

@@ -35,18 +35,39 @@ def tensor_parameters(method: str, levels: Levels, position: Position) -> Mappin
                 values[name] = setting
     if method == "linear":
         values["lambda"] = 1.0
-    if method == "ties":
-        dialect = DIALECTS[str(values.pop("dialect"))]
-        values = {
-            "trim_scope": dialect.trim_scope,
-            "elect": dialect.elect,
-            "min_keep": dialect.min_keep,
-            "weights": dialect.weights,
-            "divisor": dialect.divisor,
-            "zero_sum": dialect.zero_sum,
-            **values,
-        }
+    if "dialect" in values:
+        _settle_dialect(values)
+    if "inner" in values:
+        _settle_inner(values)
     return values
+
+
+def elects_signs(method: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a source that leaves a tensor as it is takes no part there; else it counts, with δ = 0."""
+    return METHODS[method].sign_elected and parameters.get("inner", "ties") == "ties"
+
+
+def _settle_dialect(values: dict[str, Scalar]) -> None:
+    """The dialect's choices, below those that the recipe makes by themselves."""
+    dialect = DIALECTS[str(values.pop("dialect"))]
+    chosen = dict(values)
+    values |= {
+        "trim_scope": dialect.trim_scope,
+        "elect": dialect.elect,
+        "min_keep": dialect.min_keep,
+        "weights": dialect.weights,
+        "divisor": dialect.divisor,
+        "zero_sum": dialect.zero_sum,
+        **chosen,
+    }
+
+
+def _settle_inner(values: dict[str, Scalar]) -> None:
+    """The wrapped method's own default, and nothing that it does not know."""
+    values.setdefault("normalize", values["inner"] != "task_arithmetic")
+    if values["inner"] != "ties":
+        for name in set(values) - {"inner", "lambda", "normalize"}:
+            del values[name]
 
 
 def _setting(name: str, levels: Levels, default: Any, position: Position) -> Any:

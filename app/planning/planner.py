@@ -13,8 +13,9 @@ from app.planning.embedding import align
 from app.planning.fingerprint import canonical_recipe, plan_digest
 from app.planning.grown import grow, vocabulary_size
 from app.planning.layout import Slot, lay_out
+from app.planning.low_rank import dense_matrices
 from app.planning.output import cut_shards, documents_of, estimate
-from app.planning.parameters import source_parameters, tensor_parameters
+from app.planning.parameters import elects_signs, source_parameters, tensor_parameters
 from app.planning.plan import Contribution, Plan, PlannedSource, Scalar, TensorPlan
 from app.planning.resolving import ResolvedSource, resolve
 from app.planning.vocabulary import plan_vocabulary
@@ -40,6 +41,7 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     tensors = [_tensor(recipe, slot, problems) for slot in slots]
     if recipe.merge_method == "ties":
         problems.extend(_varying_densities(tensors, sources))
+    problems.extend(dense_matrices(recipe.merge_method, tensors, sources))
     if problems:
         raise MergeyardError.of(_first_of_each(problems))
     resolved_recipe = canonical_recipe(recipe, base.reference, [(source.canonical, source.entry) for source in sources])
@@ -72,7 +74,7 @@ def _tensor(recipe: Recipe, slot: Slot, problems: list[Problem]) -> TensorPlan:
     spec = METHODS[recipe.merge_method]
     contributions = []
     for source in slot.sources if slot.floating else ():
-        if not source.changes and spec.sign_elected:
+        if not source.changes and elects_signs(recipe.merge_method, recipe.parameters):
             continue  # takes no part in this tensor (merging-maths)
         own = source_parameters(recipe.merge_method, (*source.levels, *slot.levels), slot.position)
         contributions.append(

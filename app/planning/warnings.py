@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from app.errors import Problem
 from app.planning.matching import AdapterMatch
@@ -35,10 +36,12 @@ def warnings_of(
         message = "The base holds float64, and arithmetic is float32: values lose digits beyond that."
         found.append(Problem(code="not_supported", message=message, where="base_model"))
     for name, parameter in METHODS[recipe.merge_method].parameters.items():
-        given = name in recipe.parameters or any(name in entry.parameters for entry in recipe.models)
+        given = any(name in level for level in _levels(recipe))
         if parameter.ignored and given and name != "int8_mask":
             message = f"`{name}` changes nothing in {recipe.merge_method}."
             found.append(Problem(code="parameter_invalid", message=message, where=f"parameters.{name}"))
+    if recipe.parameters.get("inner", "ties") != "ties":
+        found.extend(_of_ties_alone(recipe))
     base_name = str(base.config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]
     for where, adapter in adapters:
         trained_on = str(adapter.source.config.get("base_model_name_or_path") or "") if adapter else ""
@@ -49,3 +52,21 @@ def warnings_of(
             )
             found.append(Problem(code="adapter_mismatch", message=message, where=where))
     return tuple(found)
+
+
+def _of_ties_alone(recipe: Recipe) -> list[Problem]:
+    """Parameters of the TIES that ``core_space`` would wrap, given where it wraps something else."""
+    names = ("density", "rescale", "dialect", "elect", "quorum")
+    given = [name for name in names if any(name in level for level in _levels(recipe))]
+    return [
+        Problem(
+            code="parameter_invalid",
+            message=f"`{name}` changes nothing with `inner: {recipe.parameters['inner']}`.",
+            where=f"parameters.{name}",
+        )
+        for name in given
+    ]
+
+
+def _levels(recipe: Recipe) -> list[Mapping[str, Any]]:
+    return [recipe.parameters, *(entry.parameters for entry in recipe.models)]

@@ -21,8 +21,8 @@ class Parameter:
 
     ``per_source`` parameters may also be given for all sources at once, in the recipe's own ``parameters``. A
     ``choice`` and a ``whole`` number are one value for the whole merge; numbers and flags may vary by tensor.
-    ``default`` None: the dialect decides, or, where it is ``required``, the recipe must. ``ignored``: mergekit's
-    grammar has it here, and it changes nothing.
+    ``default`` None: the dialect or the wrapped method decides, or, where it is ``required``, the recipe must.
+    ``ignored``: mergekit's grammar has it here, and it changes nothing.
     """
 
     kind: Kind
@@ -92,6 +92,10 @@ def _della_range(source: Settings) -> str | None:
 WEIGHT = Parameter(kind="number", default=1.0, per_source=True)
 DENSITY = Parameter(kind="number", default=1.0, per_source=True, low=0.0, high=1.0)
 LAMBDA = Parameter(kind="number", default=1.0)
+ELECT = Parameter(kind="choice", default=None, choices=("mass", "count", "unanimous", "quorum"))
+QUORUM = Parameter(kind="number", default=0.5, low=0.0, high=1.0)
+# Of TIES where each tensor has a basis of its own: no threshold and no majority can span the model, as in `paper`.
+DIALECT_BY_TENSOR = Parameter(kind="choice", default="mergekit", choices=("mergekit", "peft", "article"))
 INT8_MASK = Parameter(kind="flag", default=False, ignored=True)  # mergekit's way to save memory
 
 NORMALIZE = Parameter(kind="flag", default=True)
@@ -143,8 +147,8 @@ METHODS: Mapping[str, MethodSpec] = {
             "rescale": Parameter(kind="flag", default=False),
             "dialect": Parameter(kind="choice", default="mergekit", choices=("mergekit", "paper", "peft", "article")),
             "trim_scope": Parameter(kind="choice", default=None, choices=("tensor", "model")),
-            "elect": Parameter(kind="choice", default=None, choices=("mass", "count", "unanimous", "quorum")),
-            "quorum": Parameter(kind="number", default=0.5, low=0.0, high=1.0),
+            "elect": ELECT,
+            "quorum": QUORUM,
             "int8_mask": INT8_MASK,
         },
         base="required",
@@ -238,6 +242,47 @@ METHODS: Mapping[str, MethodSpec] = {
         symmetric=False,
         moves_base=_scaled,
         paper="mergekit",
+    ),
+    "core_space": MethodSpec(
+        parameters={
+            "inner": Parameter(kind="choice", default="ties", choices=("ties", "task_arithmetic", "linear")),
+            "weight": WEIGHT,
+            "density": DENSITY,
+            "lambda": LAMBDA,
+            "normalize": Parameter(kind="flag", default=None),
+            "rescale": Parameter(kind="flag", default=False),
+            "dialect": DIALECT_BY_TENSOR,
+            "elect": ELECT,
+            "quorum": QUORUM,
+        },
+        base="required",
+        sign_elected=True,
+        paper="Panariello et al. 2025, Accurate and efficient low-rank model merging in core space",
+    ),
+    "tsv": MethodSpec(
+        parameters={"weight": WEIGHT, "lambda": LAMBDA},
+        base="required",
+        paper="Gargiulo et al. 2025, Task singular vectors: reducing task interference in model merging",
+    ),
+    "iso_c": MethodSpec(
+        parameters={"weight": WEIGHT, "lambda": LAMBDA},
+        base="required",
+        paper="Marczak et al. 2025, No task left behind: isotropic model merging",
+    ),
+    "knots": MethodSpec(
+        parameters={
+            "weight": WEIGHT,
+            "density": DENSITY,
+            "lambda": LAMBDA,
+            "normalize": NORMALIZE,
+            "rescale": Parameter(kind="flag", default=False),
+            "dialect": DIALECT_BY_TENSOR,
+            "elect": ELECT,
+            "quorum": QUORUM,
+        },
+        base="required",
+        sign_elected=True,
+        paper="Stoica et al. 2024, Model merging with SVD to tie the knots",
     ),
 }
 

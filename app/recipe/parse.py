@@ -33,7 +33,6 @@ LATER_KEYS = {
     "modules": "list whole models under `models`",
     "evaluation": "leave it out and score the result yourself",
 }
-LATER_METHODS = frozenset(["core_space", "tsv", "iso_c", "knots"])
 
 
 def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
@@ -224,9 +223,6 @@ def _parameters(
 
 
 def _unknown_method(name: str) -> Problem:
-    if name in LATER_METHODS:
-        message = f"`{name}` is not supported yet; use one of {', '.join(METHODS)}."
-        return Problem(code="not_supported", message=message, where="merge_method")
     near = _nearest(name, METHODS)
     hint = f"did you mean `{near}`?" if near else f"use one of {', '.join(METHODS)}."
     message = f"There is no merge method `{name}`; {hint}"

@@ -75,7 +75,6 @@ def damaged(sources_root: Path) -> Path:
         ({"models": []}, "no_sources", "models"),
         ({"models": None}, "recipe_invalid", "models"),
         ({"merge_method": "tiez"}, "unknown_method", "merge_method"),
-        ({"merge_method": "core_space"}, "not_supported", "merge_method"),
         ({"evaluation": {"tasks": []}}, "not_supported", "evaluation"),
         ({"out_dtpe": "float32"}, "unknown_key", "out_dtpe"),
         ({"parameters": {"density": 1.5}}, "parameter_invalid", "parameters.density"),

@@ -52,12 +52,23 @@ def _summary(statistics: Mapping[str, TensorStatistics]) -> str:
     if not statistics:
         return "No tensor was changed.\n"
     parameters = sum(entry.parameters for entry in statistics.values())
-    conflict = sum(entry.sign_conflict * entry.parameters for entry in statistics.values()) / max(parameters, 1)
     norm = math.sqrt(sum(entry.merged_norm**2 for entry in statistics.values()))
     return (
-        f"{len(statistics)} tensors with {parameters} parameters were merged. After the trim, the sources disagreed in "
-        f"sign on {conflict:.1%} of the parameters that any of them changed (mean over tensors, by size). "
+        f"{len(statistics)} tensors with {parameters} parameters were merged. {_conflict(statistics)}"
         f"The result differs from the base by {norm:.4g} (Euclidean norm).\n"
+    )
+
+
+def _conflict(statistics: Mapping[str, TensorStatistics]) -> str:
+    compared = [
+        (entry.sign_conflict, entry.parameters) for entry in statistics.values() if entry.sign_conflict is not None
+    ]
+    if not compared:
+        return ""
+    conflict = sum(share * size for share, size in compared) / max(1, sum(size for _, size in compared))
+    return (
+        f"After the trim, the sources disagreed in sign on {conflict:.1%} of the parameters that any of them changed "
+        "(mean over tensors, by size). "
     )
 
 

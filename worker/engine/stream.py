@@ -20,9 +20,10 @@ from worker.engine.blocks import Block, Crew, cut
 from worker.engine.checkpoint import Buffers, ShardWriter, header_of, tensor_bytes
 from worker.engine.deltas import Deltas, ScratchPool
 from worker.engine.digests import SourceDigests
+from worker.engine.factoring import Factoring
 from worker.engine.kernels.signature import BlockStatistics, Kernels
 from worker.engine.meter import Control, Meter
-from worker.engine.methods import VoteMethod, method_of
+from worker.engine.methods import FactorMethod, VoteMethod, method_of
 from worker.engine.reader import Reader, dtype_of
 from worker.engine.sinks import Sink
 from worker.engine.tensors import BlockWork, StatisticsSum, copying
@@ -115,7 +116,7 @@ class Stream:
             if found is not None:
                 total.add(found)
             self._meter.count(tensor, block)
-        return total.result()
+        return self._way.measured(tensor, total.result())
 
 
 class _Way(Protocol):
@@ -131,10 +132,19 @@ class _Way(Protocol):
         """The passes over one tensor, and then what merges its blocks."""
         ...
 
+    def measured(self, tensor: TensorPlan, blocks: TensorStatistics) -> TensorStatistics:
+        """A tensor's statistics, once its blocks are merged."""
+        ...
+
 
 def _way_of(plan: Plan, resources: Resources) -> _Way:
-    method = method_of(plan.method)
-    return Voting(plan, method, resources) if isinstance(method, VoteMethod) else Blending(plan, method, resources)
+    match method_of(plan.method):
+        case VoteMethod() as method:
+            return Voting(plan, method, resources)
+        case FactorMethod() as method:
+            return Factoring(plan, method, resources)
+        case method:
+            return Blending(plan, method, resources)
 
 
 def _largest_block(shards: list[ShardPlan]) -> int:

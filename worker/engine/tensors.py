@@ -43,7 +43,7 @@ def copying(plan: Plan, tensor: TensorPlan, reader: Reader) -> BlockWork:
             out = buffer[: block.size * dtype.itemsize].view(dtype)
             out.copy_(values)
             if not all_finite(out):
-                raise _overflow(tensor)
+                raise overflow(tensor)
 
     return copy
 
@@ -199,10 +199,11 @@ def _refusal(plan: Plan, tensor: TensorPlan, block: Block, reader: Reader) -> Me
             reader.float32(contribution.full, block.start, block.stop, values, raw)
             if not all_finite(values):
                 return not_finite(plan.sources[contribution.source].reference, contribution.full.name)
-    return _overflow(tensor)
+    return overflow(tensor)
 
 
-def _overflow(tensor: TensorPlan) -> MergeyardError:
+def overflow(tensor: TensorPlan) -> MergeyardError:
+    """``result_not_finite``, with what to do about it."""
     return MergeyardError(
         "result_not_finite",
         f"The merged values of {tensor.name} do not fit {tensor.dtype}; lower the weights or lambda, or choose a wider "

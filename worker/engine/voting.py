@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from app.artifacts.manifest import TensorStatistics
 from app.planning.plan import Plan, TensorPlan
 from worker.engine.checkpoint import tensor_bytes
 from worker.engine.meter import Meter
@@ -58,3 +59,6 @@ class Voting:
             weights=weights,
             rule=rule,
         )
+
+    def measured(self, _tensor: TensorPlan, blocks: TensorStatistics) -> TensorStatistics:
+        return blocks

@@ -7,8 +7,9 @@ from types import MappingProxyType
 
 from app.errors import MergeyardError
 from worker.engine.methods.consensus import TIES
+from worker.engine.methods.core_space import CORE_SPACE, ISO_C, KNOTS, TSV
 from worker.engine.methods.linear import LINEAR, TASK_ARITHMETIC
-from worker.engine.methods.method import Blend, Blended, BlendMethod, Mask, Method, Needs, VoteMethod
+from worker.engine.methods.method import Blend, Blended, BlendMethod, FactorMethod, Mask, Method, Needs, VoteMethod
 from worker.engine.methods.model_stock import MODEL_STOCK
 from worker.engine.methods.pairs import ARCEE_FUSION, NEARSWAP, PASSTHROUGH
 from worker.engine.methods.ram import RAM, RAMPLUS_TL
@@ -17,7 +18,18 @@ from worker.engine.methods.slerp import NUSLERP, SLERP
 from worker.engine.methods.sparsified import SPARSIFIED
 from worker.engine.methods.sphere import KARCHER, MULTISLERP
 
-__all__ = ["METHODS", "Blend", "BlendMethod", "Blended", "Mask", "Method", "Needs", "VoteMethod", "method_of"]
+__all__ = [
+    "METHODS",
+    "Blend",
+    "BlendMethod",
+    "Blended",
+    "FactorMethod",
+    "Mask",
+    "Method",
+    "Needs",
+    "VoteMethod",
+    "method_of",
+]
 
 _ALL: tuple[Method, ...] = (
     *(LINEAR, TASK_ARITHMETIC, TIES),
@@ -25,6 +37,7 @@ _ALL: tuple[Method, ...] = (
     *(SLERP, NUSLERP, MULTISLERP, KARCHER),
     *(MODEL_STOCK, SCE, RAM, RAMPLUS_TL),
     *(NEARSWAP, ARCEE_FUSION, PASSTHROUGH),
+    *(CORE_SPACE, TSV, ISO_C, KNOTS),
 )
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 

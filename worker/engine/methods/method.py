@@ -1,12 +1,13 @@
 """What a merge method is: pure functions of one tensor's plan and of its blocks. A method never sees a file.
 
-Two shapes. A *vote method* gives the kernels a trim, weights and a rule, and may first multiply each δ by a mask. A
-*blend method* reduces what it needs over the tensor and returns how a block is merged. The engine owns every pass.
+Three shapes. A *vote method* gives the kernels a trim, weights and a rule, and may first multiply each δ by a mask. A
+*blend method* reduces what it needs over the tensor and returns how a block is merged. A *factor method* makes new
+factors of the adapters' own. The engine owns every pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -14,6 +15,7 @@ import torch
 
 from app.planning.plan import Contribution, TensorPlan
 from worker.engine.kernels.signature import Rule
+from worker.engine.low_rank import LowRank
 from worker.engine.views import BlockView, TensorPass
 
 
@@ -90,7 +92,45 @@ class BlendMethod:
     prepare: Callable[[TensorPass], Blend]
 
 
-Method: TypeAlias = VoteMethod | BlendMethod
+@dataclass(frozen=True, slots=True)
+class MatrixMerge:
+    """Small matrices merged to one: ``values`` float64, of their shape.
+
+    ``trimmed``: the share of each source's values set to zero; ``sign_conflict``: of the values that any source still
+    changes, the share where sources disagree in sign.
+    """
+
+    values: torch.Tensor
+    trimmed: tuple[float, ...]
+    sign_conflict: float
+
+
+MergeMatrices: TypeAlias = Callable[[Sequence[torch.Tensor]], MatrixMerge]  # float64, one of each contribution
+
+
+@dataclass(frozen=True, slots=True)
+class FactorMerge:
+    """The merged ΔW, every parameter but the base applied, and what happened on the way where values were compared."""
+
+    matrix: LowRank
+    trimmed: tuple[float, ...] | None = None
+    sign_conflict: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactorMethod:
+    """A method that merges low-rank task vectors by their factors.
+
+    ``merge``: from each contribution's matrix (of rank 0 where it changes nothing) to the merged one. It is handed what
+    merges small matrices by the method ``dense``, which is also what merges tensors that are not low-rank.
+    """
+
+    name: str
+    merge: Callable[[TensorPlan, Sequence[LowRank], MergeMatrices], FactorMerge]
+    dense: Callable[[TensorPlan], VoteMethod]
+
+
+Method: TypeAlias = VoteMethod | BlendMethod | FactorMethod
 
 
 def no_needs(_tensor: TensorPlan) -> Needs:
