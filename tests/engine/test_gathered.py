@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from app.sources.safetensors import read_header
-from app.sources.source import GatheredTensor, Row, Run, TensorSpec, gathered
+from app.sources.source import GatheredTensor, Row, Run, TensorSpec, assembled, gathered, joined
 from worker.engine.reader import Reader
 
 ROWS, WIDTH = 7, 6
@@ -59,3 +59,16 @@ def test_a_tensor_counts_as_what_its_parts_are_unless_that_would_round(tmp_path:
     assert gathered("w", [((a, 0),), ((b, 0),)], (4,)).dtype == "BF16"
     assert gathered("w", [((a, 0), (b, 0))], (4,)).dtype == "F32"
     assert gathered("w", [((a, 0),), ((c, 0),)], (4,)).dtype == "F32"
+
+
+def test_padding_is_the_mean_of_the_rows_before_it(tmp_path: Path) -> None:
+    one = torch.randn(ROWS, 2, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    a = stored(tmp_path, "a", one)
+    tensor = assembled("w", joined([((a, 4),), (), ((a, 1),)]), (2, 3), padding=2)
+    before = torch.stack([one[4].float(), torch.zeros(2, 3), one[1].float()])
+    mean = before.double().mean(0).float()
+    wanted = torch.stack([*before, mean, mean]).reshape(-1)
+    assert (tensor.dtype, tensor.shape) == ("F32", (5, 2, 3))
+    for start in range(len(wanted)):
+        for stop in range(start + 1, len(wanted) + 1):
+            assert torch.equal(read(tensor, start, stop), wanted[start:stop])
