@@ -67,6 +67,7 @@ CODES: dict[str, Code] = {
     "tokenizer_mismatch": Code(422, "user", "The tokenizers do not fit together"),
     "token_not_found": Code(422, "user", "A model has no such token"),
     "model_mismatch": Code(422, "user", "The model does not fit the base model"),
+    "module_unknown": Code(422, "user", "The checkpoint has no module of this name"),
     "source_changed": Code(409, "user", "A source changed after the merge was planned"),
     "source_not_finite": Code(422, "user", "A source holds NaN or infinity"),
     "result_not_finite": Code(422, "user", "The merge produced NaN or infinity"),

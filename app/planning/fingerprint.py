@@ -9,43 +9,31 @@ from typing import Any
 
 import app
 from app.planning.plan import Document, PlannedSource
-from app.recipe import Recipe, SourceEntry
-from app.recipe.methods import METHODS
+from app.planning.resolving import Resolved, ResolvedPart
+from app.recipe import Recipe
+from app.recipe.methods import METHODS, MethodSpec
 from app.sources.source import SourceFile
 from app.sources.tokenizers import TOKENIZER_JSON
 
 ENGINE_VERSION = "2"  # grows whenever the same recipe would give other bytes
 
 
-def canonical_recipe(
-    recipe: Recipe, base_reference: str, sources: Sequence[tuple[Mapping[str, str], SourceEntry]]
-) -> dict[str, Any]:
-    """The resolved recipe: every reference canonical, every default of the method written out.
-
-    ``sources`` pairs each entry with its canonical reference, under ``model`` or ``adapter``.
-    """
+def canonical_recipe(recipe: Recipe, found: Resolved) -> dict[str, Any]:
+    """The resolved recipe: every reference canonical, every default of the method written out."""
     spec = METHODS[recipe.merge_method]
     shared = {
         name: recipe.parameters.get(name, parameter.default)
         for name, parameter in spec.parameters.items()
         if not parameter.ignored
     }
-    models = [
-        {
-            **references,
-            "parameters": {
-                name: value for name, value in entry.parameters.items() if not spec.parameters[name].ignored
-            },
-        }
-        for references, entry in sources
-    ]
     resolved: dict[str, Any] = {
-        "base_model": base_reference,
+        "base_model": found.base.reference,
         "merge_method": recipe.merge_method,
-        "models": models,
         "parameters": {name: value for name, value in shared.items() if value is not None},
         "output": recipe.output.model_dump(),
     }
+    parts = {part.module: _part(part, spec) for part in found.parts}
+    resolved.update(parts.get(None, {"modules": parts}))
     if spec.base == "optional" and recipe.base_model is None:
         del resolved["base_model"]  # named, it would be what the models are merged around
     if wanted := recipe.out_dtype or recipe.dtype:
@@ -55,6 +43,31 @@ def canonical_recipe(
     if recipe.name:
         resolved["name"] = recipe.name
     return resolved
+
+
+def _part(part: ResolvedPart, spec: MethodSpec) -> dict[str, Any]:
+    """A module, or the whole recipe's ``models`` or ``slices``."""
+    first = part.spans[0]
+    value: dict[str, Any] = {}
+    if first.count is None:
+        value["models"] = [dict(entry) for entry in first.entries]
+    else:
+        value["slices"] = [
+            {
+                "sources": [dict(entry) for entry in span.entries],
+                **({"base_model": span.own_base} if span.own_base else {}),
+                "parameters": used(span.parameters, spec),
+            }
+            for span in part.spans
+        ]
+    if part.module is not None:
+        value["parameters"] = used(part.parameters, spec)
+    return value
+
+
+def used(parameters: Mapping[str, Any], spec: MethodSpec) -> dict[str, Any]:
+    """Without what changes nothing."""
+    return {name: value for name, value in parameters.items() if not spec.parameters[name].ignored}
 
 
 def plan_digest(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from app.planning.depth import restack_config
+from app.planning.layout import restacked
 from app.planning.plan import Document, Estimates, LoraFactors, ShardPlan, TensorPlan
 from app.planning.resolving import Resolved
 from app.planning.tokenizer_files import (
@@ -91,7 +93,7 @@ def documents_of(
     code, so it goes (CVE-2025-66448).
     """
     base = resolved.base
-    config = dict(base.config)
+    config = restack_config(base, base.config, restacked(resolved))
     if recipe.file_dtype:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
         config.update(dict.fromkeys(keys, LIBRARY_DTYPES[recipe.file_dtype]))

@@ -44,7 +44,7 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     problems.extend(dense_matrices(recipe.merge_method, tensors, sources))
     if problems:
         raise MergeyardError.of(_first_of_each(problems))
-    resolved_recipe = canonical_recipe(recipe, base.reference, [(source.canonical, source.entry) for source in sources])
+    resolved_recipe = canonical_recipe(recipe, resolved)
     if vocabulary is not None:
         resolved_recipe["tokenizer"] = vocabulary.section
     documents, companions = documents_of(recipe, resolved, vocabulary, vocabulary_size(stored, slots))
@@ -76,17 +76,18 @@ def _tensor(recipe: Recipe, slot: Slot, problems: list[Problem]) -> TensorPlan:
     for source in slot.sources if slot.floating else ():
         if not source.changes and elects_signs(recipe.merge_method, recipe.parameters):
             continue  # takes no part in this tensor (merging-maths)
-        own = source_parameters(recipe.merge_method, (*source.levels, *slot.levels), slot.position)
+        own = source_parameters(recipe.merge_method, (*source.levels, *slot.levels), source.position)
         contributions.append(
             Contribution(source=source.source, full=source.full, lora=source.lora, added=source.added, parameters=own)
         )
     touched = any(item.changes for item in contributions)
     parameters = dict(tensor_parameters(recipe.merge_method, slot.levels, slot.position))
     if spec.base == "optional":
-        parameters["task_vectors"] = recipe.base_model is not None
+        parameters["task_vectors"] = slot.based
     moved = slot.floating and spec.moves_base(parameters, [item.parameters for item in contributions])
     kept = tuple(contributions) if touched or moved else ()
-    problems.extend(_problems_of(recipe.merge_method, slot, parameters, kept))
+    if slot.where:
+        problems.extend(_problems_of(recipe.merge_method, slot, parameters, kept))
     return TensorPlan(
         name=slot.name,
         shape=slot.base.shape,
@@ -104,14 +105,14 @@ def _problems_of(
     spec = METHODS[method]
     if not spec.least <= len(slot.sources) <= (spec.most or len(slot.sources)):
         message = f"{method} merges {_amount(spec)}; here are {len(slot.sources)}."
-        yield Problem(code="recipe_invalid", message=message, where="models")
+        yield Problem(code="recipe_invalid", message=message, where=slot.where)
     for name, parameter in spec.parameters.items():
         if parameter.required and name not in parameters:
             message = f"{method} needs `{name}`, and the recipe gives none for {slot.name}."
             yield Problem(code="parameter_invalid", message=message, where=f"parameters.{name}")
     for item in contributions:
         if wrong := spec.problem_of(item.parameters):
-            yield Problem(code="parameter_invalid", message=f"{wrong} (at {slot.name})", where="models")
+            yield Problem(code="parameter_invalid", message=f"{wrong} (at {slot.name})", where=slot.where)
     flag = spec.divides_by_weights
     if flag and contributions and parameters[flag] and abs(sum(map(_weight, contributions))) < 1e-8:
         advice = f"so they cannot be normalised; set `{flag}: false` or change them."

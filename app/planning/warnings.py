@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from app.errors import Problem
 from app.planning.matching import AdapterMatch
@@ -36,7 +35,7 @@ def warnings_of(
         message = "The base holds float64, and arithmetic is float32: values lose digits beyond that."
         found.append(Problem(code="not_supported", message=message, where="base_model"))
     for name, parameter in METHODS[recipe.merge_method].parameters.items():
-        given = any(name in level for level in _levels(recipe))
+        given = any(name in level for level in recipe.all_parameters())
         if parameter.ignored and given and name != "int8_mask":
             message = f"`{name}` changes nothing in {recipe.merge_method}."
             found.append(Problem(code="parameter_invalid", message=message, where=f"parameters.{name}"))
@@ -57,7 +56,7 @@ def warnings_of(
 def _of_ties_alone(recipe: Recipe) -> list[Problem]:
     """Parameters of the TIES that ``core_space`` would wrap, given where it wraps something else."""
     names = ("density", "rescale", "dialect", "elect", "quorum")
-    given = [name for name in names if any(name in level for level in _levels(recipe))]
+    given = [name for name in names if any(name in level for level in recipe.all_parameters())]
     return [
         Problem(
             code="parameter_invalid",
@@ -66,7 +65,3 @@ def _of_ties_alone(recipe: Recipe) -> list[Problem]:
         )
         for name in given
     ]
-
-
-def _levels(recipe: Recipe) -> list[Mapping[str, Any]]:
-    return [recipe.parameters, *(entry.parameters for entry in recipe.models)]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from app.recipe.tokenizer import Tokenizer
 
 SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 MAX_SOURCES = 256
+MAX_SLICES = 1_000
+MAX_LAYERS = 100_000
 DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours → safetensors'
 OutDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -31,6 +33,48 @@ class SourceEntry(_Strict):
     model: str | None = Field(None, description="A fine-tuned model, or base+adapter as in mergekit")
     adapter: str | None = Field(None, description="A PEFT adapter trained on the base model")
     parameters: dict[str, Any] = Field(default_factory=dict, description="This source's own parameters")
+
+    @field_validator("model", "adapter", mode="before")
+    @classmethod
+    def _spelt_out(cls, value: Any) -> Any:
+        return reference_text(value)
+
+
+class LayersEntry(SourceEntry):
+    """One entry of a slice's ``sources``: some layers of a source."""
+
+    layer_range: tuple[int, int] = Field(description="The first layer taken, and the first one after them")
+
+    @field_validator("layer_range", mode="before")
+    @classmethod
+    def _whole_numbers(cls, value: Any) -> Any:
+        ends = list(value) if isinstance(value, list | tuple) else []
+        if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int) for end in ends):
+            raise ValueError("must be two whole numbers, [first, one after the last]")
+        if not 0 <= ends[0] < ends[1] <= MAX_LAYERS:
+            raise ValueError("must be [first, one after the last], counted from 0, with at least one layer between")
+        return value
+
+
+class Slice(_Strict):
+    """One entry of ``slices``: layers that follow those of the slice before, merged from as many of each source."""
+
+    sources: tuple[LayersEntry, ...] = Field(min_length=1, max_length=MAX_SOURCES, description="Layers of sources")
+    base_model: str | None = Field(None, description="The base of these layers, instead of the recipe's")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of these layers")
+
+    @field_validator("base_model", mode="before")
+    @classmethod
+    def _spelt_out(cls, value: Any) -> Any:
+        return reference_text(value)
+
+
+class ModuleEntry(_Strict):
+    """What one part of a checkpoint (``text_decoder``, ``encoder``…) is merged from: ``models`` or ``slices``."""
+
+    models: tuple[SourceEntry, ...] = Field((), max_length=MAX_SOURCES, description="What to merge, in order")
+    slices: tuple[Slice, ...] = Field((), max_length=MAX_SLICES, description="Layers from here and there")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of this module")
 
 
 class Output(_Strict):
@@ -53,6 +97,8 @@ class Recipe(_Strict):
     base_model: str | None = Field(None, description="The model the sources were fine-tuned from")
     merge_method: str = Field(description="How to merge; docs/recipes.md lists the methods")
     models: tuple[SourceEntry, ...] = Field((), max_length=MAX_SOURCES, description="What to merge, in order")
+    slices: tuple[Slice, ...] = Field((), max_length=MAX_SLICES, description="Instead of models: layers by slices")
+    modules: dict[str, ModuleEntry] = Field(default_factory=dict, description="Instead of models: part by part")
     parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of the whole merge")
     dtype: OutDtype | None = Field(None, description="mergekit's name for out_dtype; arithmetic is float32 always")
     out_dtype: OutDtype | None = Field(None, description="Type of the files; default: each tensor's own")
@@ -61,6 +107,17 @@ class Recipe(_Strict):
     tokenizer_source: str | None = Field(None, description="Short for `tokenizer: {source: …}`")
     chat_template: str | None = Field(None, description="auto, a known name, or a Jinja template")
     name: str | None = Field(None, description="A name for people")
+
+    @field_validator("base_model", mode="before")
+    @classmethod
+    def _spelt_out(cls, value: Any) -> Any:
+        return reference_text(value)
+
+    @field_validator("models", "slices", "modules", mode="before")
+    @classmethod
+    def _given(cls, value: Any, info: ValidationInfo) -> Any:
+        """mergekit takes null for what is not there."""
+        return cls.model_fields[str(info.field_name)].get_default(call_default_factory=True) if value is None else value
 
     @field_validator("dtype", "out_dtype", mode="before")
     @classmethod
@@ -77,6 +134,72 @@ class Recipe(_Strict):
     def vocabulary(self) -> Tokenizer | None:
         """What the recipe says of the tokenizer, in whichever of the two ways; None: nothing."""
         return self.tokenizer or (Tokenizer(source=self.tokenizer_source) if self.tokenizer_source else None)
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """The recipe part by part, each with its place in it (``modules.encoder``; empty for a recipe without)."""
+        if self.modules:
+            return {f"modules.{name}": module for name, module in self.modules.items()}
+        return {"": self}
+
+    def entries(self) -> Iterator[tuple[str, SourceEntry]]:
+        """Every entry that names a source, with its place: ``models[0]``, ``slices[1].sources[0]``."""
+        for where, part in self.parts.items():
+            inside = f"{where}." if where else ""
+            for index, entry in enumerate(part.models):
+                yield f"{inside}models[{index}]", entry
+            for number, item in enumerate(part.slices):
+                for index, layers in enumerate(item.sources):
+                    yield f"{inside}slices[{number}].sources[{index}]", layers
+
+    def all_parameters(self) -> Iterator[Mapping[str, Any]]:
+        """The parameters of every level."""
+        yield self.parameters
+        yield from (module.parameters for module in self.modules.values())
+        for part in self.parts.values():
+            yield from (item.parameters for item in part.slices)
+        for _, entry in self.entries():
+            yield entry.parameters
+
+
+class Part(Protocol):
+    """What a recipe and one of its modules have in common."""
+
+    @property
+    def models(self) -> tuple[SourceEntry, ...]: ...
+    @property
+    def slices(self) -> tuple[Slice, ...]: ...
+    @property
+    def parameters(self) -> dict[str, Any]: ...
+
+
+def reference_text(value: Any) -> Any:
+    """mergekit's mappings for a reference, ``{model: {path, revision}, lora: …}``, as the text that means the same.
+
+    Raises ValueError on mappings that no text can say; what is no mapping is returned as it is.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    known = {"model", "lora", "override_architecture"}
+    if "model" not in value or not known.issuperset(value):
+        raise ValueError("a reference is a text, or a mapping of `model` and `lora`")
+    if value.get("override_architecture") is not None:
+        raise ValueError("`override_architecture` is not supported; the model's own config decides")
+    model, lora = _path_text(value["model"]), value.get("lora")
+    return model if lora is None else f"{model}+{_path_text(lora)}"
+
+
+def _path_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping) or not {"path", "revision"}.issuperset(value):
+        raise ValueError("a path is a text, or a mapping of `path` and `revision`")
+    path, revision = value.get("path"), value.get("revision")
+    if not isinstance(path, str) or not (revision is None or isinstance(revision, str)):
+        raise ValueError("`path` and `revision` are texts")
+    if "+" in path or "@" in path:
+        raise ValueError("a path with + or @ in it cannot be told from an adapter or a revision; rename the folder")
+    return path if revision is None else f"{path}@{revision}"
 
 
 def shard_bytes(size: int | str) -> int:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import difflib
-import json
-import re
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from app import strict_json
 from app.errors import MergeyardError, Problem
 from app.recipe.chat_templates import check_chat_template
-from app.recipe.grammar import Output, Recipe, SourceEntry
+from app.recipe.grammar import MAX_SOURCES, LayersEntry, ModuleEntry, Output, Part, Recipe, Slice, SourceEntry
 from app.recipe.methods import METHODS, MethodSpec
+from app.recipe.text import bound, load
 from app.recipe.tokenizer import Tokenizer, TokenSetting, TokenSource
 from app.recipe.values import check_value
 
-MAX_TEXT = 256_000  # characters; far above any real recipe, as are the next three
-MAX_NODES = 100_000  # YAML aliases can unfold to billions
-MAX_DEPTH = 32
-MAX_STRING = 2_000
-MAX_TEMPLATE = 64_000  # a chat template
-MAX_BITS = 256
 MAX_PROBLEMS = 100  # more would not be read
+
+INSIDE: Mapping[str, type[BaseModel]] = {
+    "output": Output,
+    "models": SourceEntry,
+    "modules": ModuleEntry,
+    "slices": Slice,
+    "sources": LayersEntry,
+}
 
 # Grammar that is mergekit's and valid, but that this version does not carry out: refused by name, never ignored.
 LATER_KEYS = {
-    "slices": "list whole models under `models`",
-    "modules": "list whole models under `models`",
     "evaluation": "leave it out and score the result yourself",
 }
 
@@ -42,8 +39,8 @@ def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
         MergeyardError: with all problems: `recipe_syntax`, `unknown_key`, `unknown_method`, `no_sources`,
             `parameter_invalid`, `recipe_invalid`, `not_supported`.
     """
-    raw = _load(source) if isinstance(source, str | bytes) else source
-    _bound(raw)
+    raw = load(source) if isinstance(source, str | bytes) else source
+    bound(raw)
     if not isinstance(raw, Mapping):
         raise MergeyardError("recipe_syntax", "A recipe is a mapping with `merge_method` and `models` at its top")
     problems = [
@@ -62,105 +59,16 @@ def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-class _Loader(yaml.CSafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 1e-3 as the number it is (YAML 1.2)."""
-
-    _merged = 0
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge keys (``<<``) copy what they name while the text is read, so they are bounded here."""
-        for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge" and isinstance(value, yaml.SequenceNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "`<<` takes one mapping, not a list of them", value.start_mark
-                )
-        super().flatten_mapping(node)
-        self._merged += len(node.value)
-        if self._merged > MAX_NODES:
-            raise yaml.constructor.ConstructorError(None, None, "its merge keys unfold to too much", node.start_mark)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} is given twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def _load(text: str | bytes) -> Any:
-    """YAML, of which JSON is nearly a subset; what looks like JSON is tried as that first."""
-    try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-    except UnicodeDecodeError:
-        raise MergeyardError("recipe_syntax", "The recipe is not UTF-8 text") from None
-    if len(text) > MAX_TEXT:
-        raise MergeyardError("recipe_syntax", f"The recipe is longer than {MAX_TEXT:,} characters")
-    try:
-        if text.lstrip().startswith("{"):
-            try:
-                return strict_json.loads(text)
-            except json.JSONDecodeError:
-                pass  # a YAML flow mapping also starts so
-        documents = list(yaml.load_all(text, Loader=_Loader))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise MergeyardError("recipe_syntax", f"Not valid YAML: {error.problem}", where=where) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise MergeyardError("recipe_syntax", f"Not valid YAML: {str(error)[:200]}") from None
-    if len(documents) > 1:
-        raise MergeyardError(
-            "not_supported", "Several documents in one recipe are not supported yet; send one at a time"
-        )
-    return documents[0] if documents else None
-
-
-def _bound(raw: Any) -> None:
-    """Refuse what unfolds to more than any recipe needs (aliases of aliases, aliases of themselves)."""
-    budget = MAX_NODES
-    template = raw.get("chat_template") if isinstance(raw, Mapping) else None
-    stack = [(raw, 0)]
-    while stack:
-        value, depth = stack.pop()
-        budget -= 1
-        if budget < 0 or depth > MAX_DEPTH:
-            raise MergeyardError(
-                "recipe_syntax", "The recipe is too large or too deeply nested; check its anchors and aliases"
-            )
-        longest = MAX_TEMPLATE if value is template else MAX_STRING
-        if isinstance(value, str) and len(value) > longest:
-            raise MergeyardError("recipe_syntax", f"A text in the recipe is longer than {longest:,} characters")
-        if isinstance(value, int) and value.bit_length() > MAX_BITS:
-            raise MergeyardError("recipe_syntax", "A number in the recipe has too many digits")
-        if isinstance(value, Mapping):
-            stack.extend((item, depth + 1) for pair in value.items() for item in pair)
-        elif isinstance(value, list):
-            stack.extend((item, depth + 1) for item in value)
-
-
 def _structural(error: ValidationError) -> list[Problem]:
     """pydantic's findings as problems with our codes and places."""
     problems = []
     for found in error.errors():
         where = place(found["loc"])
-        if found["type"] == "extra_forbidden":
-            inside: type[BaseModel] = Recipe
-            if found["loc"][0] == "tokenizer":
-                inside = (Tokenizer, TokenSetting, TokenSource)[min(len(found["loc"]) // 2 - 1, 2)]
-            elif len(found["loc"]) > 1:
-                inside = Output if found["loc"][0] == "output" else SourceEntry
-            problems.append(unknown_key(str(found["loc"][-1]), inside.model_fields, where))
+        if found["type"] == "extra_forbidden" and found["loc"][-1] == "residual_weight":
+            message = "`residual_weight` changes nothing in mergekit, and nothing here; leave it out."
+            problems.append(Problem(code="not_supported", message=message, where=where))
+        elif found["type"] == "extra_forbidden":
+            problems.append(unknown_key(str(found["loc"][-1]), _model_at(found["loc"]).model_fields, where))
         elif found["type"] == "missing":
             message = f"`{found['loc'][-1]}` is missing; it is required."
             problems.append(Problem(code="recipe_invalid", message=message, where=where))
@@ -170,18 +78,20 @@ def _structural(error: ValidationError) -> list[Problem]:
     return problems
 
 
+def _model_at(location: Sequence[str | int]) -> type[BaseModel]:
+    """The part of the grammar that the last key of a place stands in."""
+    if location[0] == "tokenizer":
+        return (Tokenizer, TokenSetting, TokenSource)[min(len(location) // 2 - 1, 2)]
+    inside = [INSIDE[part] for part in location[:-1] if isinstance(part, str) and part in INSIDE]
+    return inside[-1] if inside else Recipe
+
+
 def _check(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
     """Check what needs the method: sources, parameters; returns the recipe with parameter values in canonical form."""
     spec = METHODS.get(recipe.merge_method)
     if spec is None:
         return recipe, [_unknown_method(recipe.merge_method)]
-    problems: list[Problem] = []
-    if not recipe.models:
-        message = "`models` is empty: name at least one model or adapter to merge."
-        problems.append(Problem(code="no_sources", message=message, where="models"))
-    if spec.base == "required" and not recipe.base_model:
-        message = f"{recipe.merge_method} merges what sources change, so it needs the `base_model` they come from."
-        problems.append(Problem(code="recipe_invalid", message=message, where="base_model"))
+    problems = list(_shape(recipe, spec))
     if recipe.output.kind == "adapter":
         message = "`output.kind: adapter` is not supported yet; write a checkpoint."
         problems.append(Problem(code="not_supported", message=message, where="output.kind"))
@@ -190,36 +100,103 @@ def _check(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
         problems.append(Problem(code="recipe_invalid", message=message, where="tokenizer_source"))
     if recipe.chat_template is not None and (problem := check_chat_template(recipe.chat_template)):
         problems.append(problem)
-    parameters = _parameters(recipe.parameters, spec, "parameters", problems, per_source_only=False)
-    models = []
-    for index, entry in enumerate(recipe.models):
-        where = f"models[{index}]"
+    checked = _Checked(spec, problems)
+    parameters = checked.parameters(recipe.parameters, "parameters", "recipe")
+    update = {
+        "parameters": parameters,
+        "models": checked.models(recipe, ""),
+        "slices": checked.slices(recipe, ""),
+        "modules": {name: checked.module(module, f"modules.{name}.") for name, module in recipe.modules.items()},
+    }
+    return recipe.model_copy(update=update), problems
+
+
+def _shape(recipe: Recipe, spec: MethodSpec) -> Iterable[Problem]:
+    """What is there must be there once: one of ``models``, ``slices`` and ``modules``, a base where one is needed."""
+    given = [key for key in ("models", "slices", "modules") if getattr(recipe, key)]
+    if not given:
+        message = "`models` is empty: name at least one model or adapter to merge."
+        yield Problem(code="no_sources", message=message, where="models")
+    for key in given[1:]:
+        message = f"A recipe has `{given[0]}` or `{key}`, not both; keep one of them."
+        yield Problem(code="recipe_invalid", message=message, where=key)
+    for where, part in recipe.parts.items():
+        if recipe.modules and not part.models and not part.slices:
+            message = "A module has `models` or `slices`; name what to merge in it."
+            yield Problem(code="no_sources", message=message, where=where)
+        elif recipe.modules and part.models and part.slices:
+            message = "A module has `models` or `slices`, not both; keep one of them."
+            yield Problem(code="recipe_invalid", message=message, where=where)
+        for number, item in enumerate(part.slices):
+            lengths = {entry.layer_range[1] - entry.layer_range[0] for entry in item.sources}
+            if len(lengths) > 1:
+                message = "The sources of a slice give the same number of layers each; make their ranges equally long."
+                inside = f"{where}." if where else ""
+                yield Problem(code="recipe_invalid", message=message, where=f"{inside}slices[{number}].sources")
+    if sum(1 for _ in recipe.entries()) > MAX_SOURCES * 4:
+        message = f"A recipe names at most {MAX_SOURCES * 4} sources in all its slices and modules."
+        yield Problem(code="recipe_invalid", message=message)
+    sliced = all(part.slices and all(item.base_model for item in part.slices) for part in recipe.parts.values())
+    if spec.base == "required" and not recipe.base_model and not sliced:
+        message = f"{recipe.merge_method} merges what sources change, so it needs the `base_model` they come from."
+        yield Problem(code="recipe_invalid", message=message, where="base_model")
+
+
+WHOLE = ("choice", "whole")  # the kinds that have one value for the whole merge
+E = TypeVar("E", bound=SourceEntry)
+Level = Literal["recipe", "part", "source"]
+
+
+class _Checked:
+    """The recipe's parts with their parameters in canonical form; what is wrong goes to ``problems``."""
+
+    def __init__(self, spec: MethodSpec, problems: list[Problem]) -> None:
+        self._spec, self._problems = spec, problems
+
+    def module(self, module: ModuleEntry, inside: str) -> ModuleEntry:
+        update = {
+            "parameters": self.parameters(module.parameters, f"{inside}parameters", "part"),
+            "models": self.models(module, inside),
+            "slices": self.slices(module, inside),
+        }
+        return module.model_copy(update=update)
+
+    def models(self, part: Part, inside: str) -> tuple[SourceEntry, ...]:
+        return tuple(self._entry(entry, f"{inside}models[{index}]") for index, entry in enumerate(part.models))
+
+    def slices(self, part: Part, inside: str) -> tuple[Slice, ...]:
+        checked = []
+        for number, item in enumerate(part.slices):
+            where = f"{inside}slices[{number}]"
+            sources = tuple(self._entry(entry, f"{where}.sources[{index}]") for index, entry in enumerate(item.sources))
+            parameters = self.parameters(item.parameters, f"{where}.parameters", "part")
+            checked.append(item.model_copy(update={"sources": sources, "parameters": parameters}))
+        return tuple(checked)
+
+    def _entry(self, entry: E, where: str) -> E:
         if (entry.model is None) == (entry.adapter is None):
             message = "An entry names either a `model` or an `adapter`."
-            problems.append(Problem(code="recipe_invalid", message=message, where=where))
-        own = _parameters(entry.parameters, spec, f"{where}.parameters", problems, per_source_only=True)
-        models.append(entry.model_copy(update={"parameters": own}))
-    return recipe.model_copy(update={"parameters": parameters, "models": tuple(models)}), problems
+            self._problems.append(Problem(code="recipe_invalid", message=message, where=where))
+        own = self.parameters(entry.parameters, f"{where}.parameters", "source")
+        return entry.model_copy(update={"parameters": own})
 
-
-def _parameters(
-    raw: Mapping[str, Any], spec: MethodSpec, where: str, problems: list[Problem], *, per_source_only: bool
-) -> dict[str, Any]:
-    checked = {}
-    for key, value in raw.items():
-        place_of_key = f"{where}.{key}"
-        parameter = spec.parameters.get(key)
-        if parameter is None:
-            problems.append(unknown_key(key, spec.parameters, place_of_key))
-        elif per_source_only and not parameter.per_source:
-            message = f"`{key}` belongs to the whole merge; move it to the recipe's own `parameters`."
-            problems.append(Problem(code="parameter_invalid", message=message, where=place_of_key))
-        else:
-            try:
-                checked[key] = check_value(value, parameter, place_of_key, key)
-            except MergeyardError as error:
-                problems.extend(error.problems)
-    return checked
+    def parameters(self, raw: Mapping[str, Any], where: str, level: Level) -> dict[str, Any]:
+        """What is no source's own stands at the recipe's top, or at slices and modules where it may vary by tensor."""
+        checked = {}
+        for key, value in raw.items():
+            place_of_key = f"{where}.{key}"
+            parameter = self._spec.parameters.get(key)
+            if parameter is None:
+                self._problems.append(unknown_key(key, self._spec.parameters, place_of_key))
+            elif not parameter.per_source and (level == "source" or (level == "part" and parameter.kind in WHOLE)):
+                message = f"`{key}` belongs to the whole merge; move it to the recipe's own `parameters`."
+                self._problems.append(Problem(code="parameter_invalid", message=message, where=place_of_key))
+            else:
+                try:
+                    checked[key] = check_value(value, parameter, place_of_key, key)
+                except MergeyardError as error:
+                    self._problems.extend(error.problems)
+        return checked
 
 
 def _unknown_method(name: str) -> Problem:

@@ -1,8 +1,9 @@
 """Parameter values that vary by tensor: scalars, gradients over the layers, and lists chosen by name.
 
 mergekit's reading (merging-maths, "Full-tensor reading of mergekit's grammar"): a gradient is interpolated linearly at
-layer/(layers-1), and everything outside the layers takes its first value; of ``{filter, value}`` entries the first
-whose filter is a part of the tensor's name wins, no filter or ``*`` matching all.
+layer/(layers-1), a lone layer taking its last value, and everything outside the layers its first; of flags it takes the
+one at or before that place; of ``{filter, value}`` entries the first whose filter is a part of the tensor's name wins,
+no filter or ``*`` matching all.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 from app.errors import MergeyardError
 from app.recipe.methods import Parameter, Setting
 
-LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A tensor's place: its name, its layer (None outside the layers), and how many layers the model has."""
+    """A tensor's place: its name, its layer (None outside the layers), and how many layers its stack or slice has."""
 
     name: str
     layer: int | None
@@ -29,14 +30,34 @@ class Position:
 
     @property
     def t(self) -> float:
-        """Depth from 0 to 1; 0 for everything outside the layers."""
-        return 0.0 if self.layer is None or self.layers < 2 else self.layer / (self.layers - 1)
+        """Depth from 0 to 1; 0 for everything outside the layers, 1 for a lone layer."""
+        if self.layer is None:
+            return 0.0
+        return 1.0 if self.layers < 2 else self.layer / (self.layers - 1)
 
 
-def layer_of(name: str) -> int | None:
-    """The layer index in a tensor's name, or None for embeddings, heads and final norms."""
+@dataclass(frozen=True, slots=True)
+class LayerName:
+    """A tensor's name around its layer: ``stack`` (``model.layers``), the index, and the ``rest`` after it."""
+
+    stack: str
+    layer: int
+    rest: str
+
+    def at(self, layer: int) -> str:
+        """The same tensor's name in another layer."""
+        return f"{self.stack}.{layer}.{self.rest}"
+
+
+def layer_name(name: str) -> LayerName | None:
+    """Where a tensor stands in its stack of layers, or None for embeddings, heads and final norms.
+
+    The outermost index counts: T5's ``encoder.block.0.layer.1…`` is block 0, an expert's is its layer's.
+    """
     match = LAYER.search(name)
-    return int(match.group(1)) if match else None
+    if match is None:
+        return None
+    return LayerName(name[: match.start(1) - 1], int(match.group(1)), name[match.end() :])
 
 
 def check_value(raw: Any, parameter: Parameter, where: str, name: str) -> Any:
@@ -50,13 +71,13 @@ def check_value(raw: Any, parameter: Parameter, where: str, name: str) -> Any:
             allowed = f"between {parameter.low:.0f} and {parameter.high:.0f}"
             raise _invalid(where, f"{name} is one whole number {allowed}; got {shown(raw)}")
         return raw
+    if isinstance(raw, Mapping):
+        raw = [raw]  # one filter entry, as mergekit takes it
     if isinstance(raw, Sequence) and not isinstance(raw, str):
         if not raw:
             raise _invalid(where, f"{name} is an empty list; give a value, a gradient or filter entries")
         if any(isinstance(item, Mapping) for item in raw):
             return [_check_filter(item, parameter, f"{where}[{i}]", name) for i, item in enumerate(raw)]
-        if parameter.kind != "number":
-            raise _invalid(where, f"{name} is true or false; a gradient needs numbers")
         return [_check_scalar(item, parameter, f"{where}[{i}]", name) for i, item in enumerate(raw)]
     return _check_scalar(raw, parameter, where, name)
 
@@ -70,6 +91,8 @@ def value_at(value: Any, position: Position) -> Setting | None:
                 if wanted is None or wanted == "*" or wanted in position.name:
                     return value_at(entry["value"], position)
             return None
+        if isinstance(value[0], bool):
+            return bool(value[int(position.t * (len(value) - 1))])
         return _interpolate(value, position.t)
     return value  # type: ignore[no-any-return]
 

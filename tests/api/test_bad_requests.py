@@ -73,7 +73,7 @@ def damaged(sources_root: Path) -> Path:
         ({"models": [{"adapter": "models:bad/wider"}]}, "adapter_shape", "models[0]"),
         ({"models": [{"adapter": "models:bad/unmatched"}]}, "adapter_mismatch", "models[0]"),
         ({"models": []}, "no_sources", "models"),
-        ({"models": None}, "recipe_invalid", "models"),
+        ({"models": None}, "no_sources", "models"),
         ({"merge_method": "tiez"}, "unknown_method", "merge_method"),
         ({"evaluation": {"tasks": []}}, "not_supported", "evaluation"),
         ({"out_dtpe": "float32"}, "unknown_key", "out_dtpe"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.recipe.values import Position, layer_of, value_at
+from app.recipe.values import Position, layer_name, value_at
 
 
 @pytest.mark.parametrize(("layer", "expected"), [(0, 0.0), (1, 0.25), (2, 0.5), (4, 1.0), (None, 0.0)])
@@ -17,8 +17,12 @@ def test_a_gradient_passes_through_its_inner_points() -> None:
     assert values == pytest.approx([1.0, 0.85, 0.7, 0.4, 0.1])
 
 
-def test_one_layer_takes_the_first_value() -> None:
-    assert value_at([0.2, 0.8], Position("x", 0, 1)) == 0.2
+def test_a_lone_layer_takes_the_last_value() -> None:
+    assert value_at([0.2, 0.8], Position("x", 0, 1)) == 0.8
+
+
+def test_a_gradient_of_flags_takes_the_one_at_or_before() -> None:
+    assert [value_at([True, False, True], Position("x", layer, 4)) for layer in range(4)] == [True, True, False, True]
 
 
 def test_the_first_matching_filter_wins() -> None:
@@ -43,9 +47,13 @@ def test_filters_that_all_miss_say_nothing() -> None:
         ("transformer.h.3.attn.c_attn.weight", 3),
         ("h.0.ln_1.weight", 0),
         ("encoder.layer.5.output.dense.bias", 5),
+        ("encoder.block.4.layer.1.DenseReluDense.wo.weight", 4),
+        ("model.layers.2.block_sparse_moe.experts.7.w1.weight", 2),
+        ("vit.encoder.layer.1.attention.output.dense.weight", 1),
         ("model.embed_tokens.weight", None),
         ("lm_head.weight", None),
     ],
 )
 def test_layers_are_read_from_names(name: str, layer: int | None) -> None:
-    assert layer_of(name) == layer
+    place = layer_name(name)
+    assert (place.layer if place else None) == layer
