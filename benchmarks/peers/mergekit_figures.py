@@ -32,7 +32,6 @@ from tests.conformance.models import ARCHITECTURES, write_root
 
 OPTIONS: dict[str, Any] = {
     "lora_merge_cache": "adapters",
-    "lora_merge_dtype": "float32",
     "clone_tensors": True,
     "write_model_card": False,
     "copy_tokenizer": False,  # where tokenizers are merged, the merged one is written all the same

@@ -1,11 +1,11 @@
 """The conformance cases and their figures on disk.
 
 A case is a recipe in ``recipes/both``, or in a folder of one architecture's own, and belongs to each architecture it is
-tried on. Its figures, every tensor of mergekit's result, lie end to end in float32 under the case's name in
-``figures/ARCHITECTURE.safetensors``; names and shapes, and the tokens where the case merges tokenizers, in the
-JSON file beside it. A merged vocabulary is kept in the order of its tokens' names, since mergekit's ids of new tokens
-follow the order of a hash table and differ from run to run. Needs numpy alone: mergekit's environment writes what the
-tests read.
+tried on; below ``recipes/differing`` are those whose numbers are not ours, on purpose. Its figures, every tensor of
+mergekit's result, lie end to end in float32 under the case's name in ``figures/ARCHITECTURE.safetensors``; names and
+shapes, and the tokens where the case merges tokenizers, in the JSON file beside it. A merged vocabulary is kept in the
+order of its tokens' names, since mergekit's ids of new tokens follow the order of a hash table and differ from run to
+run. Needs numpy alone: mergekit's environment writes what the tests read.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ VOCABULARY_MODULES = ("embed_tokens", "wte", "lm_head")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One recipe on one architecture."""
+    """One recipe on one architecture. ``differs``: our result is another, on purpose."""
 
     name: str
     architecture: Architecture
     path: Path
+    differs: bool = False
 
     def __str__(self) -> str:
         return f"{self.architecture}-{self.name}"
@@ -49,11 +50,12 @@ class Figures:
     tokens: tuple[str, ...] | None = None
 
 
-def cases(folder: Path = RECIPES) -> list[Case]:
-    """Every case, by architecture and name."""
+def cases() -> list[Case]:
+    """Every case, by architecture."""
     return [
-        Case(path.stem, architecture, path)
+        Case(path.stem, architecture, path, differs)
         for architecture in ARCHITECTURES
+        for folder, differs in ((RECIPES, False), (RECIPES / "differing", True))
         for path in sorted([*(folder / "both").glob("*.yaml"), *(folder / architecture).glob("*.yaml")])
     ]
 

@@ -42,6 +42,7 @@ class Variant:
 
     ``change``: the largest |δ| as a share of the largest weight, or the two shares it lies between, by tensor; 0 is
     the base itself. ``other``: weights of its own. ``touches``: only tensors whose name holds one of these.
+    ``published``: GPT-2 as it was published first, without ``transformer.`` in its names and with the attention masks.
     """
 
     change: tuple[float, float] = (1 / 64, 1 / 8)
@@ -51,6 +52,7 @@ class Variant:
     tied: bool = False
     dtype: Literal["F32", "BF16"] = "F32"
     tokenizer: str | None = None
+    published: bool = False
 
 
 UNCHANGED = (0.0, 0.0)
@@ -69,6 +71,8 @@ MODELS: Mapping[str, Variant] = {
     "tied-base": Variant(change=UNCHANGED, tied=True),
     "tied-one": Variant(tied=True),
     "tied-two": Variant(tied=True),
+    "published": Variant(change=UNCHANGED, published=True),
+    "published-one": Variant(published=True),
     "long": Variant(layers=LAYERS + 2, other=True),
     **{name: Variant(change=UNCHANGED if name == "words" else (1 / 64, 1 / 8), tokenizer=name) for name in TOKENIZERS},
 }
@@ -97,6 +101,10 @@ def write_model(folder: Path, name: str, variant: Variant, architecture: Archite
     tensors = {
         tensor: _values(name, variant, tensor, shape) for tensor, shape in _shapes(architecture, variant, vocabulary)
     }
+    if variant.published:
+        tensors = {tensor.removeprefix("transformer."): values for tensor, values in tensors.items()}
+        masks = {f"h.{layer}.attn.bias": np.tri(6, dtype=np.float32)[None, None] for layer in range(variant.layers)}
+        tensors |= masks if architecture == "gpt2" else {}
     folder.mkdir(parents=True)
     write_tensors(folder / "model.safetensors", tensors, variant.dtype)
     config = _config(architecture, variant, vocabulary)
