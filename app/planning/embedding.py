@@ -24,7 +24,7 @@ Parts = tuple[tuple[int, int], ...]  # (which of the models, its row); several: 
 def align(slots: Sequence[Slot], vocabulary: Vocabulary, resolved: Resolved) -> tuple[Slot, ...]:
     """The slots with every vocabulary tensor in the result's order.
 
-    Raises MergeyardError `not_supported` where a source adapts such a tensor by factors and rows move.
+    Raises MergeyardError `not_supported` where a source adapts such a tensor by factors and its rows move.
     """
     tables = _Tables(vocabulary)
     return tuple(tables.aligned(slot, resolved) if slot.name in vocabulary.tensors else slot for slot in slots)
@@ -40,19 +40,24 @@ class _Tables:
 
     def aligned(self, slot: Slot, resolved: Resolved) -> Slot:
         base = self.vocabulary.base
+        voters = tuple(
+            dict.fromkeys(
+                ([base] if self.vocabulary.base_votes else [])
+                + [reference_of(resolved.sources[item.source]) for item in slot.sources]
+            )
+        )
         specs: dict[str, StoredTensor] = {base: slot.base}
         keys = []
         for item in slot.sources:
             source = resolved.sources[item.source]
             keys.append(reference_of(source))
             specs[keys[-1]] = item.full or slot.base
-            if item.lora is not None or item.added is not None:
+            if (item.lora is not None or item.added is not None) and not self._stays(voters, keys[-1]):
                 message = (
-                    f"{keys[-1]} adapts {slot.name} by factors, whose rows cannot be put into another vocabulary yet; "
-                    "merge the adapter into its model first."
+                    f"{keys[-1]} adapts {slot.name} by factors, whose rows cannot be put into another vocabulary; "
+                    "merge the adapter into its model first, or leave the tokenizer keys out."
                 )
                 raise MergeyardError("not_supported", message, where=source.where)
-        voters = tuple(dict.fromkeys(([base] if self.vocabulary.base_votes else []) + keys))
         return replace(
             slot,
             dtype=slot.base.dtype,
@@ -61,6 +66,15 @@ class _Tables:
                 item if item.full is None else replace(item, full=self._tensor(item.full, voters, key, specs))
                 for item, key in zip(slot.sources, keys, strict=True)
             ),
+        )
+
+    def _stays(self, voters: tuple[str, ...], key: str) -> bool:
+        """Whether every row of a source stays where it is, and none of them goes to another model."""
+        vocabulary = self.vocabulary
+        unmoved = [(0, vocabulary.holders[key].rows, ((len(voters), 0),))]
+        lends = vocabulary.missing != "base" or any(source.model == key for source, _ in vocabulary.settings.values())
+        return not (vocabulary.padding or lends) and all(
+            self._runs(voters, at) == unmoved for at in (vocabulary.base, key)
         )
 
     def _tensor(

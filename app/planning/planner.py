@@ -18,7 +18,7 @@ from app.planning.output import cut_shards, documents_of, estimate
 from app.planning.parameters import elects_signs, source_parameters, tensor_parameters
 from app.planning.plan import Contribution, Plan, PlannedSource, Scalar, TensorPlan
 from app.planning.resolving import ResolvedSource, resolve
-from app.planning.vocabulary import plan_vocabulary
+from app.planning.vocabulary import differing, plan_vocabulary
 from app.planning.warnings import warnings_of
 from app.recipe import Recipe
 from app.recipe.grammar import shard_bytes
@@ -64,7 +64,7 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
         estimates=estimate(tensors),
         warnings=(
             *warnings_of(recipe, tensors, base, [(source.where, source.adapter) for source in sources]),
-            *(vocabulary.warnings if vocabulary else ()),
+            *(vocabulary.warnings if vocabulary else differing(resolved)),
         ),
         digest=plan_digest(resolved_recipe, [base_planned, *planned, *tokenizers], companions, documents),
     )

@@ -16,7 +16,14 @@ from app.recipe.tokenizer import Tokenizer, TokenSource
 from app.sources.references import split_adapter
 from app.sources.resolver import Resolver
 from app.sources.source import ModelSource, StoredTensor
-from app.sources.tokenizers import TOKENIZER_FILES, AddedToken, TokenizerSource, plain_token, read_tokenizer
+from app.sources.tokenizers import (
+    TOKENIZER_FILES,
+    TOKENIZER_JSON,
+    AddedToken,
+    TokenizerSource,
+    plain_token,
+    read_tokenizer,
+)
 
 Parts = tuple[tuple[int, int], ...]  # (which of the models, its row); several: their mean; none: zeros
 
@@ -114,6 +121,35 @@ def plan_vocabulary(recipe: Recipe, resolved: Resolved, resolver: Resolver) -> V
     if wanted.pad_to_multiple_of:
         vocabulary = replace(vocabulary, padding=-vocabulary.size % wanted.pad_to_multiple_of)
     return replace(vocabulary, section=_section(wanted, reference, vocabulary))
+
+
+def differing(resolved: Resolved) -> tuple[Problem, ...]:
+    """Warnings of a merge that aligns nothing: sources whose rows mean other tokens than the base's."""
+    base = resolved.base
+    tensors = vocabulary_tensors(base)
+    readings = _Readings([])  # what cannot be read is no problem of a merge that does not need it
+    found = []
+    for source in resolved.sources:
+        own = source.model.source if source.model else base
+        if not tensors or _document(own) == _document(base):
+            continue
+        ours, theirs = (readings.of(model, source.where) for model in (base, own))
+        if ours is None or theirs is None:
+            continue
+        rows = min(base.tensors[name].shape[0] for name in tensors)
+        taken = {index for index in ours.ids.values() if index < rows}
+        moved = [token for token, index in theirs.ids.items() if index in taken and ours.ids.get(token) != index]
+        if moved:
+            message = (
+                f"{own.reference} has other tokens than {base.reference} in {len(moved)} rows, {some(moved)}, and they "
+                "are merged as they lie. Set `tokenizer_source` to put the same tokens together."
+            )
+            found.append(Problem(code="tokenizer_mismatch", message=message, where=source.where))
+    return tuple(found)
+
+
+def _document(model: ModelSource) -> str | None:
+    return next((file.header_sha256 for file in model.companions if file.name == TOKENIZER_JSON), None)
 
 
 def _holders(

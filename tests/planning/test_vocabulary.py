@@ -72,11 +72,20 @@ def test_the_resolved_recipe_plans_to_the_same_digest(root: Path, changes: dict[
     assert again.tensors == plan.tensors
 
 
-def test_without_a_word_of_the_tokenizer_none_is_read(root: Path) -> None:
-    (root / "base" / "tokenizer.json").write_text("{")
+def test_without_a_word_of_the_tokenizer_it_stays_the_base_s(root: Path) -> None:
     plan = plan_of(root, tokenizer=None, models=[{"model": "base"}])
     assert plan.tokenizers == () and "tokenizer" not in plan.recipe
     assert "tokenizer.json" in {file.name for file in plan.companions}
+
+
+def test_without_a_word_of_the_tokenizer_other_tokens_in_the_same_rows_are_warned_of(root: Path) -> None:
+    for seed, (name, extra) in enumerate({"one": USER, "two": TOOL, "three": TOOL}.items()):
+        write_speaker(root / name, tokenizer(extra=[extra]), seed=seed)
+    models = [{"model": "one"}, {"model": "two"}]
+    (warning,) = plan_of(root, base_model="one", models=models, tokenizer=None).warnings
+    assert (warning.code, warning.where) == ("tokenizer_mismatch", "models[1]")
+    assert TOOL in warning.message
+    assert plan_of(root, base_model="two", models=[{"model": "three"}], tokenizer=None).warnings == ()
 
 
 def test_the_tokenizers_that_were_read_decide_the_digest(root: Path) -> None:
@@ -153,15 +162,21 @@ def test_ordinary_tokens_that_become_added_ones_are_warned_of(root: Path) -> Non
     assert [warning.code for warning in plan_of(root).warnings] == ["tokenizer_mismatch"]
 
 
-def test_factors_on_an_embedding_and_another_vocabulary_are_refused(root: Path) -> None:
+@pytest.mark.parametrize(("letters", "refused"), [(16, False), (15, True)])
+def test_factors_on_an_embedding_are_refused_where_its_rows_move(root: Path, letters: int, refused: bool) -> None:
+    """With 15 tokens the sixteenth row is left out."""
     write_model(root / "tiny", llama_tensors(), tie_word_embeddings=False)
-    words = {"model": {"type": "BPE", "vocab": {chr(97 + index): index for index in range(16)}, "merges": []}}
+    words = {"model": {"type": "BPE", "vocab": {chr(97 + index): index for index in range(letters)}, "merges": []}}
     (root / "tiny" / "tokenizer.json").write_text(json.dumps(words))
     module = "base_model.model.model.embed_tokens"
     factors = {f"{module}.lora_embedding_A": torch.ones(2, 16), f"{module}.lora_embedding_B": torch.ones(8, 2)}
     write_adapter(root / "sql", factors)
     changes = {"base_model": "tiny", "models": [{"adapter": "sql"}], "merge_method": "task_arithmetic"}
-    assert problems_of(root, **changes) == [("not_supported", "models[0]")]
+    if refused:
+        assert problems_of(root, **changes) == [("not_supported", "models[0]")]
+    else:
+        (tensor,) = (item for item in plan_of(root, **changes).tensors if item.contributions)
+        assert tensor.contributions[0].lora is not None and tensor.shape == (16, 8)
 
 
 @pytest.mark.parametrize(
