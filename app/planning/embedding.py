@@ -35,15 +35,15 @@ class _Tables:
     """Which rows each model's table takes; the same for every tensor in which the same models have a part."""
 
     vocabulary: Vocabulary
-    _defaults: dict[tuple[str, ...], list[Parts]] = field(default_factory=dict)
-    _made: dict[tuple[tuple[str, ...], str], list[tuple[int, int, Parts]]] = field(default_factory=dict)
+    _defaults: dict[tuple[tuple[str, ...], str], list[Parts]] = field(default_factory=dict)
+    _made: dict[tuple[tuple[str, ...], str, str], list[tuple[int, int, Parts]]] = field(default_factory=dict)
 
     def aligned(self, slot: Slot, resolved: Resolved) -> Slot:
-        base = self.vocabulary.base
+        base = self._owner(slot, resolved)
+        named = self.vocabulary.base_votes or base != self.vocabulary.base
         voters = tuple(
             dict.fromkeys(
-                ([base] if self.vocabulary.base_votes else [])
-                + [reference_of(resolved.sources[item.source]) for item in slot.sources]
+                ([base] if named else []) + [reference_of(resolved.sources[item.source]) for item in slot.sources]
             )
         )
         specs: dict[str, StoredTensor] = {base: slot.base}
@@ -52,7 +52,7 @@ class _Tables:
             source = resolved.sources[item.source]
             keys.append(reference_of(source))
             specs[keys[-1]] = item.full or slot.base
-            if (item.lora is not None or item.added is not None) and not self._stays(voters, keys[-1]):
+            if (item.lora is not None or item.added is not None) and not self._stays(voters, base, keys[-1]):
                 message = (
                     f"{keys[-1]} adapts {slot.name} by factors, whose rows cannot be put into another vocabulary; "
                     "merge the adapter into its model first, or leave the tokenizer keys out."
@@ -61,43 +61,52 @@ class _Tables:
         return replace(
             slot,
             dtype=slot.base.dtype,
-            base=self._tensor(slot.base, voters, base, specs),
+            base=self._tensor(slot.base, voters, base, base, specs),
             sources=tuple(
-                item if item.full is None else replace(item, full=self._tensor(item.full, voters, key, specs))
+                item if item.full is None else replace(item, full=self._tensor(item.full, voters, base, key, specs))
                 for item, key in zip(slot.sources, keys, strict=True)
             ),
         )
 
-    def _stays(self, voters: tuple[str, ...], key: str) -> bool:
+    def _stays(self, voters: tuple[str, ...], base: str, key: str) -> bool:
         """Whether every row of a source stays where it is, and none of them goes to another model."""
         vocabulary = self.vocabulary
         unmoved = [(0, vocabulary.holders[key].rows, ((len(voters), 0),))]
         lends = vocabulary.missing != "base" or any(source.model == key for source, _ in vocabulary.settings.values())
-        return not (vocabulary.padding or lends) and all(
-            self._runs(voters, at) == unmoved for at in (vocabulary.base, key)
-        )
+        return not (vocabulary.padding or lends) and all(self._runs(voters, base, at) == unmoved for at in (base, key))
 
     def _tensor(
-        self, own: StoredTensor, voters: tuple[str, ...], key: str, specs: Mapping[str, StoredTensor]
+        self, own: StoredTensor, voters: tuple[str, ...], base: str, key: str, specs: Mapping[str, StoredTensor]
     ) -> StoredTensor:
         order = [specs[name] for name in (*voters, key)]
-        runs = self._runs(voters, key)
+        runs = self._runs(voters, base, key)
         placed = [(start, count, tuple((order[at], row) for at, row in parts)) for start, count, parts in runs]
         return assembled(own.name, _stored(placed), own.shape[1:], self.vocabulary.padding)
 
-    def _runs(self, voters: tuple[str, ...], key: str) -> list[tuple[int, int, Parts]]:
-        if (voters, key) not in self._made:
+    def _runs(self, voters: tuple[str, ...], base: str, key: str) -> list[tuple[int, int, Parts]]:
+        if (voters, base, key) not in self._made:
             vocabulary = self.vocabulary
             holder, itself = vocabulary.holders[key], len(voters)
-            if voters not in self._defaults:
-                self._defaults[voters] = _defaults(vocabulary, voters)
-            rows = list(self._defaults[voters])
+            if (voters, base) not in self._defaults:
+                self._defaults[voters, base] = _defaults(vocabulary, voters, base)
+            rows = list(self._defaults[voters, base])
             for token, index in vocabulary.ids.items():
                 own = holder.row(token)
                 if own is not None and not vocabulary.forced(token):
                     rows[index] = ((itself, own),)
-            self._made[voters, key] = joined(rows)
-        return self._made[voters, key]
+            self._made[voters, base, key] = joined(rows)
+        return self._made[voters, base, key]
+
+    def _owner(self, slot: Slot, resolved: Resolved) -> str:
+        """The model that a slot starts from: a slice may have another base than the recipe."""
+        spec, _ = row_of(slot.base, 0)[0]
+        if spec.file in resolved.base.files:
+            return self.vocabulary.base
+        for source in resolved.sources:
+            if source.model and not source.adapter and spec.file in source.model.source.files:
+                return reference_of(source)
+        message = f"{slot.name} starts from a model that is only a slice's base; list it as a source of the slice too."
+        raise MergeyardError("not_supported", message, where="tokenizer")
 
 
 def _stored(
@@ -113,7 +122,7 @@ def _stored(
         yield from ((start + first, length, own) for first, length, own in joined(rows))
 
 
-def _defaults(vocabulary: Vocabulary, voters: Sequence[str]) -> list[Parts]:
+def _defaults(vocabulary: Vocabulary, voters: Sequence[str], base: str) -> list[Parts]:
     """By id, what a model takes for a token that it lacks. Ids that no token has stay what they were."""
     holders = [vocabulary.holders[voter] for voter in voters]
     first = next(
@@ -127,7 +136,7 @@ def _defaults(vocabulary: Vocabulary, voters: Sequence[str]) -> list[Parts]:
         if token in vocabulary.settings:
             rows[index] = _named(token, vocabulary.settings[token][0], voters, holders)
         else:
-            rows[index] = _unnamed(token, vocabulary, voters, holders)
+            rows[index] = _unnamed(token, vocabulary, voters, base, holders)
     return rows
 
 
@@ -144,8 +153,8 @@ def _named(token: str, source: TokenSource, voters: Sequence[str], holders: Sequ
     return ((at, row),)
 
 
-def _unnamed(token: str, vocabulary: Vocabulary, voters: Sequence[str], holders: Sequence[Holder]) -> Parts:
+def _unnamed(token: str, vocabulary: Vocabulary, voters: Sequence[str], base: str, holders: Sequence[Holder]) -> Parts:
     having = tuple((at, row) for at, holder in enumerate(holders) if (row := holder.row(token)) is not None)
     if len(having) > 1 and vocabulary.missing == "base":
-        having = next(((part,) for part in having if voters[part[0]] == vocabulary.base), having)
+        having = next(((part,) for part in having if voters[part[0]] == base), having)
     return having

@@ -162,6 +162,20 @@ def test_the_type_of_the_files_stays_the_base_s(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors_of(out).values()} == {torch.bfloat16}
 
 
+def test_slices_of_two_vocabularies(tmp_path: Path) -> None:
+    """The embedding comes from the first slice's model, the head from the last one's; each lacks nothing of its own."""
+    write_speaker(tmp_path / "base", tokenizer())
+    write_speaker(tmp_path / "chat", tokenizer(extra=[USER]), seed=1)
+    slices = [{"sources": [{"model": model, "layer_range": [0, 1]}]} for model in ("chat", "base")]
+    out = merged(tmp_path, {"merge_method": "passthrough", "slices": slices, "tokenizer_source": "union"})
+    one, two = (rows(tmp_path / folder) for folder in ("chat", "out"))
+    assert all(torch.equal(one[token], two[token]) for token in one)
+    one, two = (rows(tmp_path / folder, HEAD) for folder in ("base", "out"))
+    assert all(torch.equal(one[token], two[token]) for token in one)
+    assert not two[USER].any()
+    AutoModelForCausalLM.from_pretrained(out)
+
+
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_neither_threads_nor_blocks_nor_the_recipe_s_order_change_a_byte(tmp_path: Path, method: str) -> None:
     write_speaker(tmp_path / "base", tokenizer())
