@@ -1,8 +1,10 @@
 """The ``cpu`` room: Numba loops over tiles that stay in the first-level cache, one thread a call, without the GIL.
 
-Every loop is elementwise over one tile, so LLVM vectorises it without reordering a sum: fastmath stays off and the
-numbers equal the reference's bit for bit. Floats are reinterpreted as integers through array views, and bfloat16,
-which NumPy does not know, goes through uint16. Float16 is converted by torch.
+Four sources are read at once, so that what is known of a parameter is loaded and stored once for all four (0.9 ns a
+value of Δ against 2.3 ns source by source, four sources on an AMD Zen 3 core). Every loop is elementwise over one tile,
+so LLVM vectorises it without reordering a sum: fastmath stays off and the numbers equal the reference's bit for bit.
+Floats are reinterpreted as integers through array views, and bfloat16, which NumPy does not know, goes through uint16.
+Float16 is converted by torch.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from worker.engine.kernels.signature import LANES, SMALLEST_DIVISOR, BlockStatistics, Elect, Rule, Trim
+from worker.engine.kernels.signature import KEEP_NONE, LANES, SMALLEST_DIVISOR, BlockStatistics, Elect, Rule, Trim
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,8 +27,8 @@ Halves = npt.NDArray[np.uint16]  # bfloat16 bits
 Words = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
-# A tile is one step of the lanes of every float64 sum.
-TILE = LANES
+# What a tile needs stays in the first-level cache. A whole number of LANES.
+TILE = 1024
 MAGNITUDE = np.int32(0x7FFF_FFFF)
 ZERO = np.float32(0)
 ONE = np.float32(1)
@@ -42,7 +44,13 @@ ELECTIONS: dict[Elect, int] = {
 }
 # The least float32 magnitude that is infinite after the cast.
 OVERFLOW = {torch.float32: float("inf"), torch.float16: 65520.0, torch.bfloat16: (2 - 2**-8) * 2.0**127}
-POSITIVE, NEGATIVE, ACTIVE = 1, 2, 4
+POSITIVE, NEGATIVE, BOTH, ACTIVE = np.int32(1), np.int32(2), np.int32(3), np.int32(4)
+# What is known of a tile's parameters lies in one array, each at a fixed place: LLVM sees that the places are apart,
+# and the loops need no test for it. Unsigned indices need none for being negative.
+SLOTS = 9
+MASS_AT, TALLY_AT, MARKS_AT, TOTAL_AT, DIVISORS_AT, ELECTED_AT, ORIGIN_AT, RESULT_AT, CHANGE_AT = (
+    np.uint64(slot * TILE) for slot in range(SLOTS)
+)
 
 
 class CpuKernels:
@@ -70,10 +78,11 @@ class CpuKernels:
             _elected_balance(
                 rows,
                 stride,
+                deltas.shape[0],
                 deltas.shape[1],
                 *_trim_arrays(deltas, trims),
                 before,
-                ELECTIONS[rule.elect],
+                COUNT if rule.elect == "none" else ELECTIONS[rule.elect],
                 rule.sources,
                 rule.required,
             )
@@ -103,7 +112,6 @@ class CpuKernels:
             stride,
             deltas.shape[1],
             *_trim_arrays(deltas, trims),
-            np.asarray(weights, dtype=np.float32),
             before,
             after,
             ELECTIONS[rule.elect],
@@ -140,29 +148,38 @@ def _rows(deltas: torch.Tensor) -> tuple[Floats, int]:
 
 
 def _trim_arrays(deltas: torch.Tensor, trims: Sequence[Trim]) -> tuple[Words, Longs, Floats]:
-    """Thresholds, cuts (see ``_cut``) and factors of the survivors, one for each source."""
-    cuts = [_cut(delta.numpy(), trim.threshold, trim.equals) for delta, trim in zip(deltas, trims, strict=True)]
-    return (
-        np.array([trim.threshold for trim in trims], dtype=np.int32),
-        np.array(cuts, dtype=np.int64),
-        np.array([trim.rescale for trim in trims], dtype=np.float32),
-    )
+    """Thresholds, cuts (see ``_cut``) and factors of the survivors, for each source and up to a multiple of four."""
+    count = len(trims) + -len(trims) % 4
+    thresholds = np.full(count, KEEP_NONE.threshold, dtype=np.int32)
+    cuts = np.zeros(count, dtype=np.int64)
+    for s, trim in enumerate(trims):
+        thresholds[s] = trim.threshold
+        cuts[s] = _cut(deltas[s].numpy(), trim.threshold, trim.equals)
+    return thresholds, cuts, _padded([trim.rescale for trim in trims])
+
+
+def _padded(values: Sequence[float]) -> Floats:
+    """float32, with zeros for the sources that the last four lack."""
+    padded = np.zeros(len(values) + -len(values) % 4, dtype=np.float32)
+    padded[: len(values)] = values
+    return padded
 
 
 def _factors(weights: Sequence[float], rule: Rule) -> tuple[Floats, Floats]:
     """What multiplies each source's values before the election, and after it."""
-    own = np.asarray(weights, dtype=np.float32)
+    own = _padded(weights)
     ones = np.ones_like(own)
     return (own, ones) if rule.weigh_votes else (ones, own)
 
 
 def _divisor(weights: Sequence[float], rule: Rule) -> tuple[np.float32, Floats]:
     """The divisor before any source agrees, and what each adds where it does."""
-    nothing = np.zeros(len(weights), dtype=np.float32)
+    own = _padded(weights)
+    nothing = np.zeros_like(own)
     if rule.divisor == "agreeing":
         return ZERO, nothing + ONE
     if rule.divisor == "agreeing_weights":
-        return ZERO, np.asarray(weights, dtype=np.float32)
+        return ZERO, own
     if rule.divisor == "weights":
         return np.float32(sum(weights)), nothing
     return np.float32(rule.sources if rule.divisor == "sources" else 1), nothing
@@ -186,6 +203,12 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     except RuntimeError:  # neither this folder nor the user's cache folder is writable
         compiled = numba.njit(**options)(function)
     return compiled
+
+
+def _inlined(function: Callable[P, R]) -> Callable[P, R]:
+    """Part of the loop that calls it."""
+    inlined: Callable[P, R] = numba.njit(inline="always", error_model="numpy")(function)
+    return inlined
 
 
 @_compiled
@@ -268,81 +291,38 @@ def _lanes_sum(lanes: Doubles) -> float:
 @_compiled
 def _kept_l1(delta: Floats, threshold: int, cut: int) -> float:
     kept = np.empty(TILE, dtype=np.float32)
-    lanes = np.zeros(TILE, dtype=np.float64)
+    lanes = np.zeros(LANES, dtype=np.float64)
     for start in range(0, len(delta), TILE):
         tile = delta[start : start + TILE]
-        _keep(tile, np.int32(threshold), cut - start, ONE, kept)
-        for j in range(len(tile)):
-            lanes[j] += np.float64(abs(kept[j]))
+        kept[:] = ZERO  # beyond the end of the last tile too
+        _keep(tile, np.int32(threshold), cut - start, kept)
+        for first in range(0, TILE, LANES):
+            part = kept[first : first + LANES]
+            for j in range(LANES):
+                lanes[j] += np.float64(abs(part[j]))
     return _lanes_sum(lanes)
 
 
 @_compiled
-def _keep(tile: Floats, threshold: np.int32, cut: int, rescale: np.float32, kept: Floats) -> int:
-    """Trim one tile into ``kept``; returns how many values survive. ``cut`` counts from the start of the tile."""
+def _keep(tile: Floats, threshold: np.int32, cut: int, kept: Floats) -> None:
+    """Trim into ``kept``. ``cut`` counts from the start of the tile."""
     middle = min(max(cut, 0), len(tile))
-    return _keep_above(tile[:middle], np.int32(threshold - 1), rescale, kept) + _keep_above(
-        tile[middle:], threshold, rescale, kept[middle:]
-    )
+    _keep_above(tile[:middle], np.int32(threshold - 1), kept)
+    _keep_above(tile[middle:], threshold, kept[middle:])
 
 
 @_compiled
-def _keep_above(tile: Floats, threshold: np.int32, rescale: np.float32, kept: Floats) -> int:
+def _keep_above(tile: Floats, limit: np.int32, kept: Floats) -> None:
     bits = tile.view(np.int32)
-    count = 0
     for j in range(len(tile)):
-        survives = (bits[j] & MAGNITUDE) > threshold
-        kept[j] = tile[j] * rescale if survives else ZERO
-        count += survives
-    return count
-
-
-@_compiled
-def _add_vote(kept: Floats, factor: np.float32, election: int, width: int, mass: Floats, tally: Words) -> None:
-    """One source's vote: its value into ``mass``, or its sign into ``tally`` (+ in the low 16 bits, - above)."""
-    if election == MASS:
-        for j in range(width):
-            mass[j] += factor * kept[j]
-    else:
-        for j in range(width):
-            vote = factor * kept[j]
-            tally[j] += np.int32(vote > ZERO) + (np.int32(vote < ZERO) << 16)
-
-
-@_compiled
-def _elect(
-    election: int,
-    sources: int,
-    required: int,
-    even: np.float32,
-    width: int,
-    mass: Floats,
-    tally: Words,
-    elected: Floats,
-) -> None:
-    """The elected sign of each parameter of a tile: +1, -1, or 0; ``even`` where neither outweighs the other."""
-    if election == MASS:
-        for j in range(width):
-            elected[j] = ONE if mass[j] > ZERO else (-ONE if mass[j] < ZERO else even)
-        return
-    least = 0
-    most = 1 << 16
-    if election == UNANIMOUS:
-        least = most = sources
-    elif election == QUORUM:
-        least = required
-    for j in range(width):
-        positive = tally[j] & 0xFFFF
-        negative = tally[j] >> 16
-        sign = ONE if positive > negative else (-ONE if positive < negative else even)
-        holding = positive if sign > ZERO else negative
-        elected[j] = sign if least <= holding <= most else ZERO
+        kept[j] = tile[j] if (bits[j] & MAGNITUDE) > limit else ZERO
 
 
 @_compiled
 def _elected_balance(
     rows: Floats,
     stride: int,
+    count: int,
     n: int,
     thresholds: Words,
     cuts: Longs,
@@ -352,23 +332,48 @@ def _elected_balance(
     sources: int,
     required: int,
 ) -> int:
-    kept = np.empty(TILE, dtype=np.float32)
-    mass = np.empty(TILE, dtype=np.float32)
-    tally = np.empty(TILE, dtype=np.int32)
-    elected = np.zeros(TILE, dtype=np.float32)
+    work = np.zeros(SLOTS * TILE, dtype=np.float32)
+    counts = np.zeros(4, dtype=np.int32)
+    limits = np.empty_like(thresholds)
     balance = 0
-    for start in range(0, n, TILE):
-        width = min(TILE, n - start)
-        mass[:] = ZERO
-        tally[:] = 0
-        for s in range(len(thresholds)):
-            tile = rows[s * stride + start : s * stride + start + width]
-            _keep(tile, thresholds[s], cuts[s] - start, rescales[s], kept)
-            _add_vote(kept, before[s], election, width, mass, tally)
-        _elect(election, sources, required, ZERO, width, mass, tally, elected)
-        for j in range(width):
-            balance += int(elected[j])
+    at = 0
+    while at < n:
+        end = _part(at, n, thresholds, cuts, limits)
+        _clear(work, end - at, ZERO)
+        for s in range(0, count, 4):
+            _vote(
+                rows,
+                stride,
+                s,
+                min(4, count - s),
+                at,
+                end - at,
+                limits,
+                rescales,
+                before,
+                before,
+                election,
+                work,
+                counts,
+            )
+        _elect(election, sources, required, ZERO, end - at, work)
+        for j in range(end - at):
+            balance += int(work[ELECTED_AT + j])
+        at = end
     return balance
+
+
+@_compiled
+def _part(at: int, n: int, thresholds: Words, cuts: Longs, limits: Words) -> int:
+    """Where the part of a tile ends that begins at ``at``, and what magnitudes must exceed there: it ends early where
+    the equals that a source keeps do, so that each source has one limit."""
+    end = min(at - at % TILE + TILE, n)
+    for s in range(len(cuts)):
+        if at < cuts[s] < end:
+            end = cuts[s]
+    for s in range(len(limits)):
+        limits[s] = thresholds[s] - 1 if at < cuts[s] else thresholds[s]
+    return end
 
 
 @_compiled
@@ -381,7 +386,6 @@ def _merge(
     thresholds: Words,
     cuts: Longs,
     rescales: Floats,
-    weights: Floats,
     before: Floats,
     after: Floats,
     election: int,
@@ -398,55 +402,42 @@ def _merge(
     kept_counts: Longs,
     squares: Doubles,
 ) -> tuple[int, int, float, bool]:
-    """Tile by tile: trim and vote source by source, elect, sum source by source, divide, add the base, cast."""
-    count = len(thresholds)
-    kept = np.empty((count, TILE), dtype=np.float32)
-    mass = np.empty(TILE, dtype=np.float32)
-    tally = np.empty(TILE, dtype=np.int32)
-    marks = np.empty(TILE, dtype=np.int32)
-    elected = np.empty(TILE, dtype=np.float32)
-    total = np.empty(TILE, dtype=np.float32)
-    divisors = np.empty(TILE, dtype=np.float32)
-    origin = np.empty(TILE, dtype=np.float32)
-    result = np.empty(TILE, dtype=np.float32)
-    square_lanes = np.zeros((count, TILE), dtype=np.float64)
-    merged_lanes = np.zeros(TILE, dtype=np.float64)
+    """Tile by tile: trim and vote four sources at a time, elect, sum four at a time, divide, add the base, cast."""
+    count = len(squares)
+    work = np.zeros(SLOTS * TILE, dtype=np.float32)
+    counts = np.zeros(4, dtype=np.int32)
+    limits = np.empty_like(thresholds)
+    square_lanes = np.zeros((count, LANES), dtype=np.float64)
+    merged_lanes = np.zeros(LANES, dtype=np.float64)
     active = 0
     conflicts = 0
     overflows = 0
 
-    for start in range(0, n, TILE):
-        width = min(TILE, n - start)
-        mass[:] = ZERO
-        tally[:] = 0
-        marks[:] = 0
+    at = 0
+    while at < n:
+        end = _part(at, n, thresholds, cuts, limits)
+        width = end - at
         for s in range(count):
-            tile = rows[s * stride + start : s * stride + start + width]
-            kept_counts[s] += _keep(tile, thresholds[s], cuts[s] - start, rescales[s], kept[s])
-            _add_squares(tile, square_lanes[s])
-            if election != NONE:
-                _add_vote(kept[s], before[s], election, width, mass, tally)
-            _mark(kept[s], weights[s], width, marks)
-        for j in range(width):
-            active += marks[j] >= ACTIVE
-            conflicts += (marks[j] & (POSITIVE | NEGATIVE)) == (POSITIVE | NEGATIVE)
-
-        total[:] = ZERO
-        divisors[:] = divisor
+            _add_squares(rows[s * stride + at : s * stride + end], square_lanes[s], at % LANES)
+        _clear(work, width, divisor)
+        for s in range(0, count, 4):
+            _vote(
+                rows, stride, s, min(4, count - s), at, width, limits, rescales, before, after, election, work, counts
+            )
+            for i in range(min(4, count - s)):
+                kept_counts[s + i] += counts[i]
         if election != NONE:
-            _elect(election, sources, required, zero_sign, width, mass, tally, elected)
-        for s in range(count):
-            if election == NONE:
-                _sum_all(kept[s], before[s], after[s], shares[s], width, total, divisors)
-            else:
-                _sum_agreeing(kept[s], before[s], after[s], shares[s], width, elected, total, divisors)
-
-        _load(base, base_halves, start, width, origin)
-        overflows += _finish(total, divisors, origin, base_factor, scale, overflow, width, result)
-        for j in range(width):
-            change = np.float64(result[j] - origin[j])
-            merged_lanes[j] += change * change
-        _store(result, start, width, out, out_halves)
+            _elect(election, sources, required, zero_sign, width, work)
+        for s in range(0, count, 4):
+            _sum(rows, stride, s, min(4, count - s), at, width, limits, rescales, before, after, shares, election, work)
+        _load(base, base_halves, at, width, work)
+        found = _finish(base_factor, scale, overflow, width, work)
+        active += found[0]
+        conflicts += found[1]
+        overflows += found[2]
+        _add_squares(work[CHANGE_AT : CHANGE_AT + np.uint64(width)], merged_lanes, at % LANES)
+        _store(work, at, width, out, out_halves)
+        at = end
 
     for s in range(count):
         squares[s] = _lanes_sum(square_lanes[s])
@@ -454,103 +445,261 @@ def _merge(
 
 
 @_compiled
-def _add_squares(tile: Floats, lanes: Doubles) -> None:
-    for j in range(len(tile)):
-        value = np.float64(tile[j])
-        lanes[j] += value * value
+def _add_squares(values: Floats, lanes: Doubles, lane: int) -> None:
+    """Add squares to the lanes, the first value's to ``lane``. Whole rounds have a loop of a known length."""
+    head = min((LANES - lane) % LANES, len(values))
+    for j in range(head):
+        value = np.float64(values[j])
+        lanes[lane + j] += value * value
+    whole = head + (len(values) - head) // LANES * LANES
+    for first in range(head, whole, LANES):
+        part = values[first : first + LANES]
+        for j in range(LANES):
+            value = np.float64(part[j])
+            lanes[j] += value * value
+    for j in range(whole, len(values)):
+        value = np.float64(values[j])
+        lanes[j - whole + (lane if head == len(values) else 0)] += value * value
 
 
 @_compiled
-def _mark(kept: Floats, weight: np.float32, width: int, marks: Words) -> None:
-    for j in range(width):
-        weighted = weight * kept[j]
-        marks[j] |= (
-            np.int32(weighted > ZERO) * POSITIVE
-            + np.int32(weighted < ZERO) * NEGATIVE
-            + np.int32(kept[j] != ZERO) * ACTIVE
-        )
+def _clear(work: Floats, width: int, divisor: np.float32) -> None:
+    words = work.view(np.int32)
+    for j in range(np.uint64(width)):
+        work[j + MASS_AT] = ZERO
+        words[j + TALLY_AT] = 0
+        words[j + MARKS_AT] = 0
+        work[j + TOTAL_AT] = ZERO
+        work[j + DIVISORS_AT] = divisor
 
 
 @_compiled
-def _sum_all(
-    kept: Floats,
-    before: np.float32,
-    after: np.float32,
-    share: np.float32,
+def _vote(
+    rows: Floats,
+    stride: int,
+    first: int,
+    present: int,
+    at: int,
     width: int,
-    total: Floats,
-    divisors: Floats,
+    limits: Words,
+    rescales: Floats,
+    before: Floats,
+    after: Floats,
+    election: int,
+    work: Floats,
+    counts: Words,
 ) -> None:
-    for j in range(width):
-        value = before * kept[j]
-        total[j] += after * value
-        divisors[j] += share if value != ZERO else ZERO
+    """The votes of up to four sources: values into ``MASS``, or signs into ``TALLY`` (+ low, - in the high 16 bits).
+
+    A source that is missing reads the first one's values and keeps none.
+    """
+    words = work.view(np.int32)
+    bits = rows.view(np.int32)
+    p0 = np.uint64(first * stride + at)
+    p1 = np.uint64((first + (1 if present > 1 else 0)) * stride + at)
+    p2 = np.uint64((first + (2 if present > 2 else 0)) * stride + at)
+    p3 = np.uint64((first + (3 if present > 3 else 0)) * stride + at)
+    t0, t1, t2, t3 = limits[first], limits[first + 1], limits[first + 2], limits[first + 3]
+    r0, r1, r2, r3 = rescales[first], rescales[first + 1], rescales[first + 2], rescales[first + 3]
+    b0, b1, b2, b3 = before[first], before[first + 1], before[first + 2], before[first + 3]
+    a0, a1, a2, a3 = after[first], after[first + 1], after[first + 2], after[first + 3]
+    c0 = c1 = c2 = c3 = np.int32(0)
+    if election <= MASS:  # without an election the marks alone are of use
+        for j in range(np.uint64(width)):
+            s0 = (bits[p0 + j] & MAGNITUDE) > t0
+            s1 = (bits[p1 + j] & MAGNITUDE) > t1
+            s2 = (bits[p2 + j] & MAGNITUDE) > t2
+            s3 = (bits[p3 + j] & MAGNITUDE) > t3
+            k0 = rows[p0 + j] * r0 if s0 else ZERO
+            k1 = rows[p1 + j] * r1 if s1 else ZERO
+            k2 = rows[p2 + j] * r2 if s2 else ZERO
+            k3 = rows[p3 + j] * r3 if s3 else ZERO
+            c0 = np.int32(c0 + np.int32(s0))
+            c1 = np.int32(c1 + np.int32(s1))
+            c2 = np.int32(c2 + np.int32(s2))
+            c3 = np.int32(c3 + np.int32(s3))
+            v0, v1, v2, v3 = b0 * k0, b1 * k1, b2 * k2, b3 * k3
+            work[j + MASS_AT] = (((work[j + MASS_AT] + v0) + v1) + v2) + v3
+            words[j + MARKS_AT] |= _marks(k0, k1, k2, k3, a0 * v0, a1 * v1, a2 * v2, a3 * v3)
+    else:
+        for j in range(np.uint64(width)):
+            s0 = (bits[p0 + j] & MAGNITUDE) > t0
+            s1 = (bits[p1 + j] & MAGNITUDE) > t1
+            s2 = (bits[p2 + j] & MAGNITUDE) > t2
+            s3 = (bits[p3 + j] & MAGNITUDE) > t3
+            k0 = rows[p0 + j] * r0 if s0 else ZERO
+            k1 = rows[p1 + j] * r1 if s1 else ZERO
+            k2 = rows[p2 + j] * r2 if s2 else ZERO
+            k3 = rows[p3 + j] * r3 if s3 else ZERO
+            c0 = np.int32(c0 + np.int32(s0))
+            c1 = np.int32(c1 + np.int32(s1))
+            c2 = np.int32(c2 + np.int32(s2))
+            c3 = np.int32(c3 + np.int32(s3))
+            v0, v1, v2, v3 = b0 * k0, b1 * k1, b2 * k2, b3 * k3
+            words[j + TALLY_AT] += _sign(v0) + _sign(v1) + _sign(v2) + _sign(v3)
+            words[j + MARKS_AT] |= _marks(k0, k1, k2, k3, a0 * v0, a1 * v1, a2 * v2, a3 * v3)
+    counts[0], counts[1], counts[2], counts[3] = c0, c1, c2, c3
+
+
+@_inlined
+def _sign(vote: np.float32) -> np.int32:
+    return np.int32((np.int32(1) if vote > ZERO else np.int32(0)) + (np.int32(65536) if vote < ZERO else np.int32(0)))
+
+
+@_inlined
+def _marks(
+    k0: np.float32,
+    k1: np.float32,
+    k2: np.float32,
+    k3: np.float32,
+    w0: np.float32,
+    w1: np.float32,
+    w2: np.float32,
+    w3: np.float32,
+) -> np.int32:
+    """Whether any of four kept values is not zero, and whether any of them, weighted, is positive or negative."""
+    positive = (w0 > ZERO) | (w1 > ZERO) | (w2 > ZERO) | (w3 > ZERO)
+    negative = (w0 < ZERO) | (w1 < ZERO) | (w2 < ZERO) | (w3 < ZERO)
+    present = (k0 != ZERO) | (k1 != ZERO) | (k2 != ZERO) | (k3 != ZERO)
+    return np.int32(
+        (POSITIVE if positive else np.int32(0))
+        | (NEGATIVE if negative else np.int32(0))
+        | (ACTIVE if present else np.int32(0))
+    )
 
 
 @_compiled
-def _sum_agreeing(
-    kept: Floats,
-    before: np.float32,
-    after: np.float32,
-    share: np.float32,
+def _elect(election: int, sources: int, required: int, even: np.float32, width: int, work: Floats) -> None:
+    """The elected sign of each parameter of a tile: +1, -1, or 0; ``even`` where neither outweighs the other."""
+    words = work.view(np.int32)
+    if election == MASS:
+        for j in range(np.uint64(width)):
+            mass = work[j + MASS_AT]
+            work[j + ELECTED_AT] = ONE if mass > ZERO else (-ONE if mass < ZERO else even)
+        return
+    least = np.int32(0)
+    most = np.int32(1 << 16)
+    if election == UNANIMOUS:
+        least = most = np.int32(sources)
+    elif election == QUORUM:
+        least = np.int32(required)
+    for j in range(np.uint64(width)):
+        positive = words[j + TALLY_AT] & np.int32(0xFFFF)
+        negative = words[j + TALLY_AT] >> np.int32(16)
+        sign = ONE if positive > negative else (-ONE if positive < negative else even)
+        holding = positive if sign > ZERO else negative
+        work[j + ELECTED_AT] = sign if (least <= holding) & (holding <= most) else ZERO
+
+
+@_compiled
+def _sum(
+    rows: Floats,
+    stride: int,
+    first: int,
+    present: int,
+    at: int,
     width: int,
-    elected: Floats,
-    total: Floats,
-    divisors: Floats,
+    limits: Words,
+    rescales: Floats,
+    before: Floats,
+    after: Floats,
+    shares: Floats,
+    election: int,
+    work: Floats,
 ) -> None:
-    for j in range(width):
-        value = before * kept[j]
-        agrees = value * elected[j] > ZERO
-        total[j] += after * value if agrees else ZERO
-        divisors[j] += share if agrees else ZERO
+    """The sum of what agrees, of up to four sources, and what they add to the divisor. They are trimmed once more:
+    that takes less time than keeping what was trimmed."""
+    bits = rows.view(np.int32)
+    p0 = np.uint64(first * stride + at)
+    p1 = np.uint64((first + (1 if present > 1 else 0)) * stride + at)
+    p2 = np.uint64((first + (2 if present > 2 else 0)) * stride + at)
+    p3 = np.uint64((first + (3 if present > 3 else 0)) * stride + at)
+    t0, t1, t2, t3 = limits[first], limits[first + 1], limits[first + 2], limits[first + 3]
+    r0, r1, r2, r3 = rescales[first], rescales[first + 1], rescales[first + 2], rescales[first + 3]
+    b0, b1, b2, b3 = before[first], before[first + 1], before[first + 2], before[first + 3]
+    a0, a1, a2, a3 = after[first], after[first + 1], after[first + 2], after[first + 3]
+    h0, h1, h2, h3 = shares[first], shares[first + 1], shares[first + 2], shares[first + 3]
+    if election == NONE:
+        for j in range(np.uint64(width)):
+            v0 = b0 * (rows[p0 + j] * r0 if (bits[p0 + j] & MAGNITUDE) > t0 else ZERO)
+            v1 = b1 * (rows[p1 + j] * r1 if (bits[p1 + j] & MAGNITUDE) > t1 else ZERO)
+            v2 = b2 * (rows[p2 + j] * r2 if (bits[p2 + j] & MAGNITUDE) > t2 else ZERO)
+            v3 = b3 * (rows[p3 + j] * r3 if (bits[p3 + j] & MAGNITUDE) > t3 else ZERO)
+            total = work[j + TOTAL_AT]
+            work[j + TOTAL_AT] = (((total + a0 * v0) + a1 * v1) + a2 * v2) + a3 * v3
+            shared = work[j + DIVISORS_AT] + (h0 if v0 != ZERO else ZERO)
+            shared += h1 if v1 != ZERO else ZERO
+            shared += h2 if v2 != ZERO else ZERO
+            shared += h3 if v3 != ZERO else ZERO
+            work[j + DIVISORS_AT] = shared
+    else:
+        for j in range(np.uint64(width)):
+            v0 = b0 * (rows[p0 + j] * r0 if (bits[p0 + j] & MAGNITUDE) > t0 else ZERO)
+            v1 = b1 * (rows[p1 + j] * r1 if (bits[p1 + j] & MAGNITUDE) > t1 else ZERO)
+            v2 = b2 * (rows[p2 + j] * r2 if (bits[p2 + j] & MAGNITUDE) > t2 else ZERO)
+            v3 = b3 * (rows[p3 + j] * r3 if (bits[p3 + j] & MAGNITUDE) > t3 else ZERO)
+            elected = work[j + ELECTED_AT]
+            g0, g1, g2, g3 = v0 * elected > ZERO, v1 * elected > ZERO, v2 * elected > ZERO, v3 * elected > ZERO
+            total = work[j + TOTAL_AT] + (a0 * v0 if g0 else ZERO)
+            total += a1 * v1 if g1 else ZERO
+            total += a2 * v2 if g2 else ZERO
+            total += a3 * v3 if g3 else ZERO
+            work[j + TOTAL_AT] = total
+            shared = work[j + DIVISORS_AT] + (h0 if g0 else ZERO)
+            shared += h1 if g1 else ZERO
+            shared += h2 if g2 else ZERO
+            shared += h3 if g3 else ZERO
+            work[j + DIVISORS_AT] = shared
 
 
 @_compiled
 def _finish(
-    total: Floats,
-    divisors: Floats,
-    origin: Floats,
-    base_factor: np.float32,
-    scale: np.float32,
-    overflow: np.float32,
-    width: int,
-    result: Floats,
-) -> int:
-    """Divide, scale, add the base; returns how many results are not finite after the cast."""
-    overflows = 0
-    for j in range(width):
-        divisor = ONE if abs(divisors[j]) < SMALLEST else divisors[j]
-        value = base_factor * origin[j] + scale * (total[j] / divisor)
-        result[j] = value
-        overflows += not abs(value) < overflow
-    return overflows
+    base_factor: np.float32, scale: np.float32, overflow: np.float32, width: int, work: Floats
+) -> tuple[int, int, int]:
+    """Divide, scale, add the base. How many parameters are active, how many in conflict, and how many results are
+    not finite after the cast."""
+    words = work.view(np.int32)
+    active = conflicts = overflows = np.int32(0)
+    for j in range(np.uint64(width)):
+        divisor = work[j + DIVISORS_AT]
+        divisor = ONE if abs(divisor) < SMALLEST else divisor
+        origin = work[j + ORIGIN_AT]
+        value = base_factor * origin + scale * (work[j + TOTAL_AT] / divisor)
+        work[j + RESULT_AT] = value
+        work[j + CHANGE_AT] = value - origin
+        marks = words[j + MARKS_AT]
+        active = np.int32(active + (np.int32(1) if marks >= ACTIVE else np.int32(0)))
+        conflicts = np.int32(conflicts + (np.int32(1) if (marks & BOTH) == BOTH else np.int32(0)))
+        overflows = np.int32(overflows + (np.int32(0) if abs(value) < overflow else np.int32(1)))
+    return int(active), int(conflicts), int(overflows)
 
 
 @_compiled
-def _load(base: Floats, halves: Halves, start: int, width: int, origin: Floats) -> None:
+def _load(base: Floats, halves: Halves, start: int, width: int, work: Floats) -> None:
+    words = work.view(np.uint32)
     if len(halves):
-        bits = origin.view(np.uint32)
         tile = halves[start : start + width]
-        for j in range(len(tile)):
-            bits[j] = np.uint32(tile[j]) << 16
+        for j in range(np.uint64(width)):
+            words[j + ORIGIN_AT] = np.uint32(tile[j]) << np.uint32(16)
     else:
         floats = base[start : start + width]
-        for j in range(len(floats)):  # a slice assigned to a slice would take four times as long to compile
-            origin[j] = floats[j]
+        for j in range(np.uint64(width)):  # a slice assigned to a slice would take four times as long to compile
+            work[j + ORIGIN_AT] = floats[j]
 
 
 @_compiled
-def _store(result: Floats, start: int, width: int, out: Floats, halves: Halves) -> None:
+def _store(work: Floats, start: int, width: int, out: Floats, halves: Halves) -> None:
     """Cast to bfloat16, to nearest even; a carry makes infinity by itself, and a NaN stays a (quiet) NaN."""
     if len(halves):
-        bits = result.view(np.uint32)
+        words = work.view(np.uint32)
         tile = halves[start : start + width]
-        for j in range(len(tile)):
-            value = bits[j]
-            rounded = np.uint32(value + 0x7FFF + ((value >> 16) & 1)) >> 16
-            nan = (value & 0x7FFF_FFFF) > 0x7F80_0000
-            tile[j] = np.uint16((value >> 16) | 0x40 if nan else rounded)
+        for j in range(np.uint64(width)):
+            value = words[j + RESULT_AT]
+            odd = (value >> np.uint32(16)) & np.uint32(1)
+            rounded = np.uint32(np.uint32(value + np.uint32(0x7FFF)) + odd) >> np.uint32(16)
+            nan = (value & np.uint32(0x7FFF_FFFF)) > np.uint32(0x7F80_0000)
+            tile[j] = np.uint16((value >> np.uint32(16)) | np.uint32(0x40) if nan else rounded)
     else:
         floats = out[start : start + width]
-        for j in range(len(floats)):
-            floats[j] = result[j]
+        for j in range(np.uint64(width)):
+            floats[j] = work[j + RESULT_AT]

@@ -16,7 +16,8 @@ import torch
 COARSE_BINS = 1 << 15  # magnitude bits 30..16 of a float32
 FINE_BINS = 1 << 16  # bits 15..0
 # Float64 sums: value i goes to lane i % LANES in flat order, then lanes add up in order, so all rooms round alike.
-LANES = 1024
+# This many stay in the first-level cache beside the values, and are enough not to wait for each other.
+LANES = 128
 SMALLEST_DIVISOR = 1e-8  # a sum of weights nearer to zero divides by 1 instead (mergekit's rule)
 
 Elect = Literal["none", "mass", "count", "unanimous", "quorum"]
