@@ -143,6 +143,19 @@ def test_a_token_that_several_others_have_is_their_mean_where_the_base_lacks_it(
     assert close(ours["a"], one["a"] + two["a"] - base["a"])
 
 
+@pytest.mark.parametrize("missing", ["base", "mean"])
+def test_what_a_model_lacks_is_the_base_s_or_without_a_base_the_mean(tmp_path: Path, missing: str) -> None:
+    write_speaker(tmp_path / "a", tokenizer(extra=[USER]))
+    write_speaker(tmp_path / "b", tokenizer(extra=[USER]), seed=1)
+    write_speaker(tmp_path / "c", tokenizer(), seed=2)
+    value = recipe("a", "b", "c", tokenizer_source="union")
+    if missing == "mean":
+        del value["base_model"]
+    merged(tmp_path, value)
+    one, two, ours = (rows(tmp_path / folder)[USER] for folder in ("a", "b", "out"))
+    assert close(ours, (one + two + (one if missing == "base" else (one + two) / 2)) / 3)
+
+
 def test_padding_is_the_mean_of_all_rows(tmp_path: Path) -> None:
     write_speaker(tmp_path / "base", tokenizer(), dtype=torch.bfloat16)
     write_speaker(tmp_path / "chat", tokenizer(extra=[USER]), seed=1, dtype=torch.bfloat16)
