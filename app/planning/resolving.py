@@ -276,10 +276,11 @@ class _Resolving:
                 first_layers = [(model, _first_layer(entry)) for model, entry in plain]
                 return min(first_layers or models, key=lambda pair: (pair[0].reference, pair[1]))
             return models[0]
-        for model, entry in plain:
-            if model.reference == named.reference:
-                return named, _first_layer(entry)
-        firsts = {_first_layer(entry) for _, entry in found}
+        own = {_first_layer(entry) for model, entry in plain if model.reference == named.reference}
+        firsts = own or {_first_layer(entry) for _, entry in found}
+        if len(own) > 1:
+            message = "The base stands among the sources with different layers; list it once."
+            raise MergeyardError("recipe_invalid", message, where=where)
         if len(firsts) > 1:
             message = (
                 "The sources give different layers, so it is not plain which of the base's they change; list the base "
@@ -333,7 +334,10 @@ class _Resolving:
             tensors = model.tensors if model else base.tensors
             adapter = match_adapter(self._resolver.adapter(adapter_text), base, on=tensors)
             reference = adapter.source.reference
-            canonical = {"model": f"{canonical['model']}+{reference}"} if model else {"adapter": reference}
+            # the resolved recipe names no base where one would mean another merge
+            unnamed = self._spec.base == "optional" and self._recipe.base_model is None
+            full = model_text is not None and (model is not None or unnamed)
+            canonical = {"model": f"{canonical['model']}+{reference}"} if full else {"adapter": reference}
         return ResolvedSource(where=where, model=model, adapter=adapter, canonical=canonical)
 
     def _resolve_layers(self, entry: LayersEntry, where: str, named: ModelSource | None) -> ResolvedSource:

@@ -30,8 +30,8 @@ class _Strict(BaseModel):
 class SourceEntry(_Strict):
     """One entry of ``models``: a full ``model`` (or ``base+adapter``), or an ``adapter`` on the base."""
 
-    model: str | None = Field(None, description="A fine-tuned model, or base+adapter as in mergekit")
-    adapter: str | None = Field(None, description="A PEFT adapter trained on the base model")
+    model: str | None = Field(None, min_length=1, description="A fine-tuned model, or base+adapter as in mergekit")
+    adapter: str | None = Field(None, min_length=1, description="A PEFT adapter trained on the base model")
     parameters: dict[str, Any] = Field(default_factory=dict, description="This source's own parameters")
 
     @field_validator("model", "adapter", mode="before")
@@ -60,7 +60,7 @@ class Slice(_Strict):
     """One entry of ``slices``: layers that follow those of the slice before, merged from as many of each source."""
 
     sources: tuple[LayersEntry, ...] = Field(min_length=1, max_length=MAX_SOURCES, description="Layers of sources")
-    base_model: str | None = Field(None, description="The base of these layers, instead of the recipe's")
+    base_model: str | None = Field(None, min_length=1, description="The base of these layers, instead of the recipe's")
     parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of these layers")
 
     @field_validator("base_model", mode="before")
@@ -94,7 +94,7 @@ class Output(_Strict):
 class Recipe(_Strict):
     """A whole recipe. Unknown keys are refused; what a later version will do is refused by name."""
 
-    base_model: str | None = Field(None, description="The model the sources were fine-tuned from")
+    base_model: str | None = Field(None, min_length=1, description="The model the sources were fine-tuned from")
     merge_method: str = Field(description="How to merge; docs/recipes.md lists the methods")
     models: tuple[SourceEntry, ...] = Field((), max_length=MAX_SOURCES, description="What to merge, in order")
     slices: tuple[Slice, ...] = Field((), max_length=MAX_SLICES, description="Instead of models: layers by slices")

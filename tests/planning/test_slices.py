@@ -118,6 +118,11 @@ def test_the_order_of_a_slices_sources_means_nothing_in_symmetric_methods(root: 
     assert len(digests) == 1
 
 
+def test_the_base_of_a_slice_is_listed_once(root: Path) -> None:
+    slices = [{"sources": [taken("a", 0, 1), taken("a", 1, 2), taken("b", 0, 1)]}]
+    assert problems_of(root, slices, merge_method="ties", base_model="a") == [("recipe_invalid", "slices[0].sources")]
+
+
 def test_everything_wrong_with_slices_is_said_at_once(root: Path) -> None:
     write_model(root / "wide", {name: torch.zeros(*value.shape, 2) for name, value in llama_tensors(4).items()})
     slices = [
