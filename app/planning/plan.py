@@ -63,7 +63,7 @@ class Contribution:
     """What one source changes in one tensor: δ = (full - base, where ``full`` is given) + ΔW of ``lora`` + ``added``.
 
     Without any, δ is zero and still counts as a source (``linear`` and normalised ``task_arithmetic``
-    depend on it). ``parameters`` are the source's own, already resolved to this tensor: ``weight``, ``density``.
+    depend on it). ``parameters`` are the source's own, already resolved to this tensor: ``weight``, ``density`` …
     """
 
     source: int  # index into Plan.sources
@@ -85,7 +85,8 @@ class TensorPlan:
     ``lambda``, ``normalize``, ``rescale``, ``trim_scope`` (tensor|model), ``min_keep`` (0|1: the least k of a
     density above 0), ``elect`` (mass|count|unanimous|quorum), ``quorum``, ``weights`` (scale: the weight scales δ
     before the trim; vote: before the election; merge: after it), ``divisor`` (agreeing_weights|agreeing|sources),
-    ``zero_sum`` (plus|majority). For ``linear`` and ``task_arithmetic``: ``lambda`` (1 for linear), ``normalize``.
+    ``zero_sum`` (plus|majority). For ``linear`` and ``task_arithmetic``: ``lambda`` (1 for linear), ``normalize``. For
+    the others those of app/recipe/methods.py, and where the base is optional ``task_vectors``: whether one was named.
     """
 
     name: str

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from worker.engine.blocks import Block
-from worker.engine.kernels.reference import survivors
+from worker.engine.kernels.reference import magnitudes, survivors
 from worker.engine.kernels.selection import coarse_bin, fine_threshold
 from worker.engine.kernels.signature import COARSE_BINS, FINE_BINS, KEEP_NONE, Trim
 from worker.engine.reductions import Values
@@ -39,6 +39,8 @@ class Cut:
 
     def holds(self, block: Block, score: torch.Tensor) -> torch.Tensor:
         """Which values of a block are among the k, bool (n,)."""
+        if self.equals == ALL_EQUALS:
+            return magnitudes(score) >= self.threshold
         return survivors(score, self.at(block))
 
     @property

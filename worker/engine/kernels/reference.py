@@ -23,15 +23,15 @@ class ReferenceKernels:
     name = "reference"
 
     def histogram(self, delta: torch.Tensor, counts: torch.Tensor, prefix: int | None) -> None:
-        magnitudes = _magnitudes(delta)
-        coarse = magnitudes >> 16
+        bits = magnitudes(delta)
+        coarse = bits >> 16
         if prefix is None:
             counts += torch.bincount(coarse, minlength=COARSE_BINS)
         else:
-            counts += torch.bincount(magnitudes[coarse == prefix] & 0xFFFF, minlength=FINE_BINS)
+            counts += torch.bincount(bits[coarse == prefix] & 0xFFFF, minlength=FINE_BINS)
 
     def count_equal(self, delta: torch.Tensor, threshold: int) -> int:
-        return int((_magnitudes(delta) == threshold).sum())
+        return int((magnitudes(delta) == threshold).sum())
 
     def kept_l1(self, delta: torch.Tensor, trim: Trim) -> float:
         return _float64_sum(torch.where(survivors(delta, trim), delta.abs(), 0.0).double())
@@ -79,16 +79,16 @@ class ReferenceKernels:
         )
 
 
-def _magnitudes(delta: torch.Tensor) -> torch.Tensor:
+def magnitudes(delta: torch.Tensor) -> torch.Tensor:
     """|δ| as its 31 bits, int32: the order of the values, denormals and infinity included."""
     return delta.view(torch.int32) & 0x7FFF_FFFF
 
 
 def survivors(delta: torch.Tensor, trim: Trim) -> torch.Tensor:
     """Which values of one block a trim keeps, bool (n,)."""
-    magnitudes = _magnitudes(delta)
-    equal = magnitudes == trim.threshold
-    return (magnitudes > trim.threshold) | (equal & (equal.cumsum(0) <= trim.equals))
+    bits = magnitudes(delta)
+    equal = bits == trim.threshold
+    return (bits > trim.threshold) | (equal & (equal.cumsum(0) <= trim.equals))
 
 
 def _kept_values(delta: torch.Tensor, trim: Trim) -> torch.Tensor:
