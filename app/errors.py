@@ -71,6 +71,8 @@ CODES: dict[str, Code] = {
     "source_changed": Code(409, "user", "A source changed after the merge was planned"),
     "source_not_finite": Code(422, "user", "A source holds NaN or infinity"),
     "result_not_finite": Code(422, "user", "The merge produced NaN or infinity"),
+    "lora_cannot_hold": Code(422, "user", "A LoRA adapter cannot hold what the merge changes"),
+    "energy_too_low": Code(422, "user", "An adapter of this rank holds too little of the merge"),
     # requests
     "request_invalid": Code(422, "user", "The request is not valid"),
     "body_too_large": Code(413, "user", "The request body is too large"),

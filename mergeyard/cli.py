@@ -44,7 +44,16 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Other(StrEnum):
+    refuse = "refuse"
+    save = "save"
+    drop = "drop"
+
+
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, YAML or JSON; - reads standard input.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist yet.")]
+OnDevice = Annotated[Device, typer.Option("--device", help="Where to calculate.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="0: every core.")]
 MergeId = Annotated[str, typer.Argument(metavar="ID", help="The merge's id.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
 Url = Annotated[str, typer.Option("--url", envvar="MERGEYARD_URL", help="The service.")]
@@ -83,27 +92,39 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 @guarded
 def merge(
     recipe: Recipe,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist yet.")],
-    device: Annotated[Device, typer.Option(help="Where to calculate.")] = Device.auto,
-    threads: Annotated[int, typer.Option(min=0, help="0: every core.")] = 0,
+    out: Out,
+    device: OnDevice = Device.auto,
+    threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
     """Merge on this machine, without a service. References may be plain paths."""
-    from mergeyard import display, local
+    _merge(_read(recipe), _folder(recipe), out, device, threads, as_json=as_json)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the sink cleans up
-    plan = local.plan_recipe(_read(recipe), _folder(recipe), _settings())
-    display.show_warnings([warning.as_json() for warning in plan.warnings])
-    try:
-        with display.merging(plan.method) as on_progress:
-            manifest = local.merge_plan(plan, out, device=device.value, threads=threads, on_progress=on_progress)
-    except Exception as error:
-        # What the recipe could have said is caught above: from here on it is the merge that failed.
-        _fail(error, as_json=as_json, code=WRONG if _code_of(error) in ("output_exists", "not_supported") else FAILED)
-    if as_json:
-        _print_json({"out": str(out), **manifest.as_json()})
-    else:
-        display.show_merged(out, manifest)
+
+@cli.command()
+@guarded
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model before: a folder or a reference.")],
+    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="What became of it.")],
+    out: Out,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the adapter. vLLM takes 1, 8, 16, 32, 64, 128, 256. [default: 64]")
+    ] = None,
+    min_retained_energy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Fail where a tensor keeps a smaller share of its change.")
+    ] = None,
+    other: Annotated[
+        Other, typer.Option(help="Changed norms, biases and embeddings: refuse, save whole (no vLLM), or drop.")
+    ] = Other.refuse,
+    device: OnDevice = Device.auto,
+    threads: Threads = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write what a full fine-tune changed as a LoRA adapter for its base."""
+    from mergeyard import local
+
+    recipe = local.extraction(base, finetuned, rank=rank, min_retained_energy=min_retained_energy, other=other.value)
+    _merge(recipe, Path.cwd(), out, device, threads, as_json=as_json)
 
 
 @cli.command()
@@ -302,6 +323,25 @@ def download(
 
 
 # ── what commands share ─────────────────────────────────────────────────────────────────────────
+
+
+def _merge(recipe: str, folder: Path, out: Path, device: Device, threads: int, *, as_json: bool) -> None:
+    """Merge here and say what was written; plain paths are relative to ``folder``."""
+    from mergeyard import display, local
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the sink cleans up
+    plan = local.plan_recipe(recipe, folder, _settings())
+    display.show_warnings([warning.as_json() for warning in plan.warnings])
+    try:
+        with display.merging(plan.method) as on_progress:
+            manifest = local.merge_plan(plan, out, device=device.value, threads=threads, on_progress=on_progress)
+    except Exception as error:
+        # What the recipe could have said is caught above: from here on it is the merge that failed.
+        _fail(error, as_json=as_json, code=WRONG if _code_of(error) in ("output_exists", "not_supported") else FAILED)
+    if as_json:
+        _print_json({"out": str(out), **manifest.as_json()})
+    else:
+        display.show_merged(out, manifest)
 
 
 def _read(recipe: str) -> str:

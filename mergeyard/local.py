@@ -1,7 +1,8 @@
-"""``mergeyard plan`` and ``mergeyard merge``: a recipe on this machine, with no service."""
+"""``mergeyard plan``, ``merge`` and ``extract``: a recipe on this machine, with no service."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,18 @@ def plan_recipe(text: str, folder: Path, settings: Settings) -> Plan:
     uploads = settings.uploads if settings.uploads.is_dir() else None
     resolver = Resolver(roots=settings.roots, uploads=uploads, local=folder)
     return make_plan(parse_recipe(text), resolver)
+
+
+def extraction(base: str, finetuned: str, *, rank: int | None, min_retained_energy: float | None, other: str) -> str:
+    """The recipe of an adapter that makes ``finetuned`` of ``base``: its task vector, and nothing else."""
+    wanted = {"kind": "adapter", "rank": rank, "min_retained_energy": min_retained_energy, "other": other}
+    recipe = {
+        "base_model": base,
+        "merge_method": "task_arithmetic",
+        "models": [{"model": finetuned}],
+        "output": {name: value for name, value in wanted.items() if value is not None},
+    }
+    return json.dumps(recipe)
 
 
 def merge_plan(

@@ -35,7 +35,8 @@ class TensorStatistics:
     ``trimmed``: share of each source's values set to zero; ``sign_conflict``: of the parameters that at least one
     source still changes, the share where sources disagree in sign (None where factors were merged and no values
     compared; of the factors' own space where those were); ``source_norms``: ‖δ‖₂ before the trim;
-    ``merged_norm``: ‖result - base‖₂, before the cast. Lists are in the order of ``sources`` (indices).
+    ``merged_norm``: ‖result - base‖₂, before the cast. ``retained_energy``: the share of ‖result - base‖² that an
+    adapter holds (1 where that is 0), None in a checkpoint. Lists are in the order of ``sources`` (indices).
     """
 
     sources: tuple[int, ...]
@@ -44,6 +45,7 @@ class TensorStatistics:
     source_norms: tuple[float, ...]
     merged_norm: float
     parameters: int
+    retained_energy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

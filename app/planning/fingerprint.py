@@ -30,7 +30,7 @@ def canonical_recipe(recipe: Recipe, found: Resolved) -> dict[str, Any]:
         "base_model": found.base.reference,
         "merge_method": recipe.merge_method,
         "parameters": {name: value for name, value in shared.items() if value is not None},
-        "output": recipe.output.model_dump(),
+        "output": recipe.output.settled(recipe.output.rank),
     }
     parts = {part.module: _part(part, spec) for part in found.parts}
     resolved.update(parts.get(None, {"modules": parts}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from app.errors import Problem
 from app.sources.source import GatheredTensor, SourceFile, StoredTensor, TensorSpec
@@ -106,6 +106,34 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPlace:
+    """Where an adapter holds a tensor: the ``module`` and ``parameter`` of the loaded model.
+
+    ``factors``: as A (rank, in) and B (out, rank) of a linear layer, of the transposed tensor where it is
+    ``transposed``; else only whole, or not at all.
+    """
+
+    module: str
+    parameter: str
+    factors: bool
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPlan:
+    """The result is an adapter: one ``rank`` for all its modules, and the ``places`` of the merged tensors by name.
+
+    ``other``: what becomes of changed tensors that are no linear layer's: refuse, save (whole) or drop.
+    ``min_retained_energy``: of each tensor, the least share of ‖ΔW‖² that its factors must hold.
+    """
+
+    rank: int
+    min_retained_energy: float | None
+    other: Literal["refuse", "save", "drop"]
+    places: Mapping[str, AdapterPlace]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSource:
     """A source as the plan uses it; the worker hashes ``files``.
 
@@ -140,7 +168,8 @@ class Plan:
     dtype and vocabulary, without ``auto_map``), what the tokenizer changes, and any companion that named code to run.
     ``recipe`` is the resolved recipe: every reference canonical, every default written out; JSON-ready.
     ``digest`` is a sha256 over the resolved recipe, the pins of every file and the engine's version, and the merge's
-    fingerprint. ``warnings`` are problems that do not stop the merge.
+    fingerprint. ``adapter``: the result is written as one; ``shards`` is then its one file, and its tensors are those
+    of the base that change. ``warnings`` are problems that do not stop the merge.
     """
 
     method: str
@@ -155,6 +184,7 @@ class Plan:
     estimates: Estimates
     warnings: tuple[Problem, ...]
     digest: str
+    adapter: AdapterPlan | None = None
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from app.errors import MergeyardError, Problem
+from app.planning.adapter_output import CONFIG_NAME, adapter_output, problems_of_adapter
 from app.planning.embedding import align
 from app.planning.fingerprint import canonical_recipe, plan_digest
 from app.planning.grown import grow, vocabulary_size
@@ -42,31 +43,46 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     if recipe.merge_method == "ties":
         problems.extend(_varying_densities(tensors, sources))
     problems.extend(dense_matrices(recipe.merge_method, tensors, sources))
+    size = vocabulary_size(stored, slots)
+    if recipe.output.kind == "adapter":
+        grows = vocabulary is not None or size is not None
+        problems.extend(problems_of_adapter(recipe, resolved, tensors, vocabulary_changes=grows))
     if problems:
         raise MergeyardError.of(_first_of_each(problems))
     resolved_recipe = canonical_recipe(recipe, resolved)
     if vocabulary is not None:
         resolved_recipe["tokenizer"] = vocabulary.section
-    documents, companions = documents_of(recipe, resolved, vocabulary, vocabulary_size(stored, slots))
+    documents, companions = documents_of(recipe, resolved, vocabulary, size)
     tokenizers = vocabulary.read if vocabulary else ()
     base_planned = PlannedSource(reference=base.reference, role="base", files=base.files)
     planned = resolved.planned()
+    shards = cut_shards(tensors, shard_bytes(recipe.output.max_shard_size))
+    adapter = None
+    estimates, warnings = estimate(tensors), tuple[Problem, ...]()
+    if recipe.output.kind == "adapter":
+        planned_adapter = adapter_output(recipe, resolved, tensors, estimates)
+        adapter, shards = planned_adapter.adapter, (planned_adapter.shard,)
+        documents, companions = {CONFIG_NAME: planned_adapter.config}, ()
+        estimates, warnings = planned_adapter.estimates, planned_adapter.warnings
+        resolved_recipe["output"] = recipe.output.settled(adapter.rank)
     return Plan(
         method=recipe.merge_method,
         recipe=resolved_recipe,
         base=base_planned,
         sources=planned,
         tokenizers=tokenizers,
-        shards=cut_shards(tensors, shard_bytes(recipe.output.max_shard_size)),
+        shards=shards,
         documents=documents,
         companions=companions,
         metadata={"format": "pt"},
-        estimates=estimate(tensors),
+        estimates=estimates,
         warnings=(
             *warnings_of(recipe, tensors, base, [(source.where, source.adapter) for source in sources]),
             *(vocabulary.warnings if vocabulary else differing(resolved)),
+            *warnings,
         ),
         digest=plan_digest(resolved_recipe, [base_planned, *planned, *tokenizers], companions, documents),
+        adapter=adapter,
     )
 
 

@@ -78,10 +78,17 @@ class ModuleEntry(_Strict):
 
 
 class Output(_Strict):
-    """What is written: a checkpoint in shards of at most ``max_shard_size``."""
+    """What is written: a checkpoint in shards of at most ``max_shard_size``, or a LoRA adapter."""
 
     kind: Literal["checkpoint", "adapter"] = "checkpoint"
     max_shard_size: int | str = Field("5GB", description="Bytes, or a number with KB, MB, GB")
+    rank: int | None = Field(None, ge=1, le=100_000, strict=True, description="Of an adapter; default: exact, or 64")
+    min_retained_energy: float | None = Field(
+        None, ge=0, le=1, description="The least share of each tensor's change that an adapter must hold"
+    )
+    other: Literal["refuse", "save", "drop"] = Field(
+        "refuse", description="What an adapter does with changes that a LoRA cannot hold"
+    )
 
     @field_validator("max_shard_size")
     @classmethod
@@ -89,6 +96,13 @@ class Output(_Strict):
         if shard_bytes(value) < 1:
             raise ValueError("must be at least one byte")
         return value
+
+    def settled(self, rank: int | None) -> dict[str, Any]:
+        """The choices that matter for the kind, with the rank that was taken."""
+        if self.kind == "checkpoint":
+            return {"kind": self.kind, "max_shard_size": self.max_shard_size}
+        found = {"kind": self.kind, "rank": rank, "min_retained_energy": self.min_retained_energy, "other": self.other}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Recipe(_Strict):

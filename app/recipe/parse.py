@@ -91,10 +91,7 @@ def _check(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
     spec = METHODS.get(recipe.merge_method)
     if spec is None:
         return recipe, [_unknown_method(recipe.merge_method)]
-    problems = list(_shape(recipe, spec))
-    if recipe.output.kind == "adapter":
-        message = "`output.kind: adapter` is not supported yet; write a checkpoint."
-        problems.append(Problem(code="not_supported", message=message, where="output.kind"))
+    problems = [*_shape(recipe, spec), *_of_another_kind(recipe)]
     if recipe.tokenizer and recipe.tokenizer_source:
         message = "Give `tokenizer` or its short form `tokenizer_source`, not both."
         problems.append(Problem(code="recipe_invalid", message=message, where="tokenizer_source"))
@@ -197,6 +194,24 @@ class _Checked:
                 except MergeyardError as error:
                     self._problems.extend(error.problems)
         return checked
+
+
+def _of_another_kind(recipe: Recipe) -> list[Problem]:
+    """An adapter is one file for the base as it is, and a checkpoint has no rank."""
+    output = recipe.output
+    alone = {"checkpoint": {"rank", "min_retained_energy", "other"}, "adapter": {"max_shard_size"}}[output.kind]
+    problems = [
+        Problem(
+            code="recipe_invalid",
+            message=f"`{name}` means nothing with `kind: {output.kind}`; leave it out.",
+            where=f"output.{name}",
+        )
+        for name in sorted(alone & output.model_fields_set)
+    ]
+    if output.kind == "adapter" and (recipe.slices or recipe.modules):
+        message = "Slices and modules make another model, which no adapter does; list whole models under `models`."
+        problems.append(Problem(code="not_supported", message=message, where="output.kind"))
+    return problems
 
 
 def _unknown_method(name: str) -> Problem:

@@ -40,6 +40,7 @@ class TestHelp:
         for command in [
             "merge",
             "plan",
+            "extract",
             "up",
             "api",
             "worker",
@@ -128,6 +129,61 @@ class TestMerge:
     def test_on_a_device_this_version_does_not_use_is_a_wrong_request(self, recipe: Path, tmp_path: Path) -> None:
         ran = mergeyard("merge", recipe, tmp_path / "out", "--device", "cuda", "--json")
         assert (ran.code, ran.json["error"]["code"]) == (2, "not_supported")
+
+
+class TestExtract:
+    """A fine-tune of the tiny Llama whose every tensor moved, and one that moved by a product of rank 2."""
+
+    @pytest.fixture
+    def models(self, tmp_path: Path) -> Path:
+        base = files.llama_tensors()
+        adapted = dict(base)
+        low_rank = files.lora_tensors(rank=2)
+        for name in base:
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{key}.lora_A.weight" in low_rank:
+                adapted[name] = base[name] + low_rank[f"{key}.lora_B.weight"] @ low_rank[f"{key}.lora_A.weight"]
+        files.write_model(tmp_path / "base", base)
+        files.write_model(tmp_path / "low-rank", adapted)
+        files.write_model(tmp_path / "tuned", files.llama_tensors(seed=5))
+        return tmp_path
+
+    def test_returns_what_is_of_the_rank_whole(self, models: Path) -> None:
+        ran = mergeyard("extract", "base", "low-rank", "out", "--rank", "2", "--json", cwd=models)
+        assert ran.code == 0, ran.err
+        energies = {name: entry["retained_energy"] for name, entry in ran.json["statistics"].items()}
+        assert set(energies) == set(files.llama_tensors())
+        assert all(energy == pytest.approx(1, abs=1e-10) for energy in energies.values())
+        found, expected = load_file(models / "out" / "adapter_model.safetensors"), files.lora_tensors(rank=2)
+        assert set(found) == set(expected)
+        for key in (key for key in found if "lora_A" in key):
+            B = key.replace("lora_A", "lora_B")
+            difference = found[B] @ found[key] - expected[B] @ expected[key]
+            assert difference.abs().max() < 1e-5
+
+    def test_names_what_an_lora_cannot_hold(self, models: Path) -> None:
+        ran = mergeyard("extract", "base", "tuned", "out", "--rank", "2", "--json", cwd=models)
+        assert (ran.code, ran.json["error"]["code"]) == (1, "lora_cannot_hold")
+        assert "model.embed_tokens.weight, model.norm.weight" in json.dumps(ran.json["error"])
+        assert not (models / "out").exists()
+
+    def test_drops_or_saves_it_on_demand(self, models: Path) -> None:
+        dropped = mergeyard("extract", "base", "tuned", "dropped", "--rank", "8", "--other", "drop", cwd=models)
+        saved = mergeyard("extract", "base", "tuned", "saved", "--rank", "8", "--other", "save", cwd=models)
+        assert (dropped.code, saved.code) == (0, 0)
+        assert "warning" in dropped.err and "vLLM refuses" in saved.err
+        assert "base_model.model.model.norm.weight" not in load_file(models / "dropped" / "adapter_model.safetensors")
+        assert "base_model.model.model.norm.weight" in load_file(models / "saved" / "adapter_model.safetensors")
+
+    def test_fails_where_too_little_is_kept(self, models: Path) -> None:
+        options = ("--rank", "1", "--other", "drop", "--min-retained-energy", "0.99", "--json")
+        ran = mergeyard("extract", "base", "tuned", "out", *options, cwd=models)
+        assert (ran.code, ran.json["error"]["code"]) == (1, "energy_too_low")
+        assert not (models / "out").exists()
+
+    def test_of_something_that_is_not_there_is_a_wrong_request(self, models: Path) -> None:
+        ran = mergeyard("extract", "base", "nowhere", "out", "--rank", "8", "--json", cwd=models)
+        assert (ran.code, ran.json["error"]["code"]) == (2, "source_not_found")
 
 
 class TestWhatIsWrong:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from app.artifacts.manifest import SourceRecord, TensorStatistics
-from app.planning.plan import Plan
+from app.planning.plan import AdapterPlan, Plan
 
 CARD_NAME = "README.md"
 
@@ -21,12 +21,12 @@ def model_card(plan: Plan, sources: Sequence[SourceRecord], statistics: Mapping[
     """
     front = {
         "base_model": [plan.base.reference],
-        "library_name": "transformers",
+        "library_name": "transformers" if plan.adapter is None else "peft",
         "tags": ["mergeyard", "merge"],
     }
     parts = [
         f"---\n{_yaml(front)}---\n",
-        "# A merged model\n",
+        "# A merged model\n" if plan.adapter is None else "# A merged adapter\n",
         f"Made by [Mergeyard](mergeyard.json) with the method `{plan.method}`. Fingerprint: `{plan.digest}`.\n",
         "## Recipe\n",
         f"```yaml\n{_yaml(plan.recipe)}```\n",
@@ -34,6 +34,7 @@ def model_card(plan: Plan, sources: Sequence[SourceRecord], statistics: Mapping[
         _sources_table(sources),
         "## What the merge did\n",
         _summary(statistics),
+        "" if plan.adapter is None else _retained(plan.adapter, statistics),
         _statistics_table(plan, statistics),
     ]
     return "\n".join(part for part in parts if part)
@@ -56,6 +57,17 @@ def _summary(statistics: Mapping[str, TensorStatistics]) -> str:
     return (
         f"{len(statistics)} tensors with {parameters} parameters were merged. {_conflict(statistics)}"
         f"The result differs from the base by {norm:.4g} (Euclidean norm).\n"
+    )
+
+
+def _retained(adapter: AdapterPlan, statistics: Mapping[str, TensorStatistics]) -> str:
+    squares = [(entry.retained_energy or 0.0, entry.merged_norm**2) for entry in statistics.values()]
+    total = sum(square for _, square in squares)
+    share = sum(energy * square for energy, square in squares) / total if total else 1.0
+    least, name = min((entry.retained_energy or 0.0, name) for name, entry in statistics.items())
+    return (
+        f"At rank {adapter.rank} the adapter holds {share:.2%} of that change's energy (its squared norm), and of each "
+        f"tensor's at least {least:.2%} ({name}); mergeyard.json has the shares of all.\n"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
@@ -29,12 +30,30 @@ def tensor_bytes(tensor: TensorPlan) -> int:
     return math.prod(tensor.shape) * dtype_of(tensor.dtype, tensor.name).itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of an output file: its key, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * dtype_of(self.dtype, self.name).itemsize
+
+
 def header_of(shard: ShardPlan, metadata: Mapping[str, str]) -> bytes:
-    """The safetensors header of a shard: the length (u64, little-endian) and JSON padded with spaces to 8 bytes."""
+    """The header of a checkpoint's shard."""
+    return header([Entry(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors], metadata)
+
+
+def header(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header: the length (u64, little-endian) and JSON padded with spaces to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
-    for tensor in shard.tensors:
-        end = offset + tensor_bytes(tensor)
+    for tensor in tensors:
+        end = offset + tensor.nbytes
         entries[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
@@ -78,6 +97,7 @@ class Buffers:
     """A fixed number of buffers that blocks' results wait in until they are written: the bound on looking ahead."""
 
     def __init__(self, count: int, size: int) -> None:
+        self.size = size
         self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
         for _ in range(count):
             self._free.put(torch.empty(size, dtype=torch.uint8))

@@ -14,8 +14,10 @@ from typing import Literal
 import app
 from app.artifacts.manifest import MANIFEST_NAME, Manifest, SourceRecord, StoredFile, TensorStatistics
 from app.errors import NO_SPACE, MergeyardError
+from app.planning.adapter_output import CONFIG_NAME
 from app.planning.plan import Plan, PlannedSource
 from app.sources.source import SourceFile
+from worker.engine.adapter_output import adapter_config
 from worker.engine.blocks import Crew
 from worker.engine.card import CARD_NAME, model_card
 from worker.engine.checkpoint import INDEX_NAME, index_of, json_bytes, write_file
@@ -75,7 +77,7 @@ def run_merge(
         sources = _source_records(plan, hashing.result(control.check))
         reader.verify()
         control.stage("publishing")
-        small = _write_small_files(plan, sink, model_card(plan, sources, statistics))
+        small = _write_small_files(plan, sink, sources, statistics)
     return MergeOutput(files=(*shards, *small), sources=sources, statistics=statistics)
 
 
@@ -188,7 +190,9 @@ def _source_records(plan: Plan, digests: Mapping[SourceFile, str]) -> tuple[Sour
     return tuple(record(source) for source in (plan.base, *plan.sources, *plan.tokenizers))
 
 
-def _write_small_files(plan: Plan, sink: Sink, card: str) -> list[StoredFile]:
+def _write_small_files(
+    plan: Plan, sink: Sink, sources: tuple[SourceRecord, ...], statistics: Mapping[str, TensorStatistics]
+) -> list[StoredFile]:
     """Index, documents, companions and the card, in an order that the plan alone decides."""
     own = {
         name: document.encode() if isinstance(document, str) else json_bytes(document)
@@ -196,7 +200,9 @@ def _write_small_files(plan: Plan, sink: Sink, card: str) -> list[StoredFile]:
     }
     if (index := index_of(plan)) is not None:
         own[INDEX_NAME] = index
-    own[CARD_NAME] = card.encode()
+    if plan.adapter is not None:
+        own[CONFIG_NAME] = json_bytes(adapter_config(plan, plan.adapter, statistics))
+    own[CARD_NAME] = model_card(plan, sources, statistics).encode()
     stored = [write_file(sink, name, content) for name, content in own.items()]
     reserved = {*own, INDEX_NAME, MANIFEST_NAME, *(shard.filename for shard in plan.shards)}
     for companion in plan.companions:

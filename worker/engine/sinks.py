@@ -70,6 +70,7 @@ def statistics_as_json(statistics: Mapping[str, TensorStatistics]) -> dict[str, 
             "source_norms": list(value.source_norms),
             "merged_norm": value.merged_norm,
             "parameters": value.parameters,
+            "retained_energy": value.retained_energy,
         }
         for name, value in statistics.items()
     }
@@ -85,6 +86,7 @@ def statistics_from_json(value: Mapping[str, Any]) -> dict[str, TensorStatistics
             source_norms=tuple(entry["source_norms"]),
             merged_norm=entry["merged_norm"],
             parameters=entry["parameters"],
+            retained_energy=entry["retained_energy"],
         )
         for name, entry in value.items()
     }

@@ -15,6 +15,7 @@ import torch
 
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.planning.plan import Plan, ShardPlan, TensorPlan
+from worker.engine.adapter_output import AdapterWriting
 from worker.engine.blending import Blending
 from worker.engine.blocks import Block, Crew, cut
 from worker.engine.checkpoint import Buffers, ShardWriter, header_of, tensor_bytes
@@ -30,6 +31,7 @@ from worker.engine.tensors import BlockWork, StatisticsSum, copying
 from worker.engine.views import Resources
 from worker.engine.voting import Voting
 
+_LEAST_BUFFER = 1 << 16
 _SPARE_BUFFERS = 4  # results that wait for the writer while the next blocks are worked on
 
 
@@ -51,7 +53,9 @@ class Stream:
         self._plan, self._sink, self._crew, self._reader = plan, sink, crew, reader
         self._scratches = ScratchPool()
         deltas = Deltas([source.reference for source in plan.sources], reader, delta_budget)
-        resources = Resources(kernels=kernels, crew=crew, reader=reader, scratches=self._scratches, deltas=deltas)
+        self._resources = resources = Resources(
+            kernels=kernels, crew=crew, reader=reader, scratches=self._scratches, deltas=deltas
+        )
         self._way = _way_of(plan, resources)
         self._meter = Meter(control, hashing, self._way.bytes_before + sum(map(tensor_bytes, plan.tensors)))
 
@@ -78,21 +82,31 @@ class Stream:
         adopted_bytes = sum(map(tensor_bytes, self._plan.tensors))
         adopted_bytes -= sum(tensor_bytes(tensor) for shard in shards for tensor in shard.tensors)
         self._meter.advance(adopted_bytes)
-        buffers = Buffers(self._crew.ahead + _SPARE_BUFFERS, _largest_block(shards))
+        buffers = Buffers(self._crew.ahead + _SPARE_BUFFERS, max(_largest_block(shards), _LEAST_BUFFER))
         with ShardWriter(self._sink, buffers) as writer:
             for shard in shards:
-                header = header_of(shard, self._plan.metadata)
-                size = len(header) + sum(map(tensor_bytes, shard.tensors))
-                writer.begin(shard.filename, header, size)
-                found = {}
-                for tensor in shard.tensors:
-                    work = self._work(tensor)
-                    entry = self._write_tensor(tensor, work, buffers, writer)
-                    if tensor.contributions:
-                        found[tensor.name] = entry
+                found = self._write_shard(shard, buffers, writer)
                 writer.finish(shard.filename, found)
                 statistics.update(found)
             return {stored.name: stored for stored in writer.finish_all()}
+
+    def _write_shard(self, shard: ShardPlan, buffers: Buffers, writer: ShardWriter) -> dict[str, TensorStatistics]:
+        """Begins and fills one file; the statistics of the tensors in it that change."""
+        if self._plan.adapter is not None:
+            writing = AdapterWriting(
+                self._plan, self._plan.adapter, self._resources, self._work, self._way, self._meter
+            )
+            return writing.write(shard, writer, buffers)
+        header = header_of(shard, self._plan.metadata)
+        size = len(header) + sum(map(tensor_bytes, shard.tensors))
+        writer.begin(shard.filename, header, size)
+        found = {}
+        for tensor in shard.tensors:
+            work = self._work(tensor)
+            entry = self._write_tensor(tensor, work, buffers, writer)
+            if tensor.contributions:
+                found[tensor.name] = entry
+        return found
 
     def _work(self, tensor: TensorPlan) -> BlockWork:
         if not tensor.contributions or 0 in tensor.shape:

@@ -19,7 +19,7 @@ class Voting:
     """One merge by a vote method. ``work`` is asked for one tensor after the other."""
 
     def __init__(self, plan: Plan, method: VoteMethod, resources: Resources) -> None:
-        self._plan, self._method, self._resources = plan, method, resources
+        self._plan, self.method, self._resources = plan, method, resources
         self._passes = Passes(method=method, resources=resources, sources=len(plan.sources))
         # what spans the whole model goes in the order of names, which decides between equal magnitudes
         touched = sorted((tensor for tensor in plan.tensors if tensor.contributions), key=lambda tensor: tensor.name)
@@ -46,10 +46,10 @@ class Voting:
 
     def work(self, tensor: TensorPlan, meter: Meter) -> BlockWork:
         deltas = self._passes.open(tensor)
-        weights, rule = self._method.weights(tensor), self._passes.rule(tensor, self._zero_sign)
-        if self._method.mask is not None:
+        weights, rule = self.method.weights(tensor), self._passes.rule(tensor, self._zero_sign)
+        if self.method.mask is not None:
             passing = pass_over(self._plan, deltas, self._resources, meter.watch)
-            return masking(self._plan, passing, self._method.mask(passing), weights=weights, rule=rule)
+            return masking(self._plan, passing, self.method.mask(passing), weights=weights, rule=rule)
         found = self._trims.get(tensor.name)
         return merging(
             self._plan,
