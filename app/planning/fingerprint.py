@@ -24,7 +24,8 @@ def canonical_recipe(recipe: Recipe, found: Resolved) -> dict[str, Any]:
     shared = {
         name: recipe.parameters.get(name, parameter.default)
         for name, parameter in spec.parameters.items()
-        if not parameter.ignored
+        # a weight for all sources would make a base that is not listed a source of `linear`, as in mergekit
+        if not parameter.ignored and (name in recipe.parameters or not parameter.per_source or spec.base != "ignored")
     }
     resolved: dict[str, Any] = {
         "base_model": found.base.reference,

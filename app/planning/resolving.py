@@ -201,8 +201,8 @@ class _Resolving:
     def _models(self, part: Part, inside: str, base: ModelSource, owns: Callable[[str], bool] | None) -> Span:
         """Whole models. The base among them is a source for some methods only, and else not listed."""
         found = []
-        for index, entry in enumerate(part.models):
-            where = f"{inside}models[{index}]"
+        for index, entry in enumerate((*part.models, *self._unlisted_base(part, base))):
+            where = f"{inside}models[{index}]" if index < len(part.models) else "base_model"
             try:
                 found.append((self._resolve(entry, where, base, owns), entry))
             except MergeyardError as error:
@@ -222,6 +222,31 @@ class _Resolving:
             own_base=None,
             where=f"{inside}models",
         )
+
+    def _unlisted_base(self, part: Part, base: ModelSource) -> tuple[SourceEntry, ...]:
+        """The base as one more source, which it is in mergekit where a mean of models names one and does not list it.
+
+        mergekit refuses it where the recipe has no weight for it, and entries with `adapter:` need a base to sit on:
+        there it is no source.
+        """
+        entries = part.models
+        if not self._recipe.base_model or self._spec.base != "ignored" or self._spec.most is not None:
+            return ()
+        if any(entry.adapter or entry.model == self._recipe.base_model for entry in entries):
+            return ()
+        if any(self._is_model(entry, base) for entry in entries):
+            return ()
+        weighted = "weight" in part.parameters or "weight" in self._recipe.parameters
+        if "weight" in self._spec.parameters and not weighted:
+            return ()
+        return (SourceEntry(model=self._recipe.base_model),)
+
+    def _is_model(self, entry: SourceEntry, base: ModelSource) -> bool:
+        """Whether an entry is the base itself, perhaps under another spelling. What cannot be found shows elsewhere."""
+        try:
+            return self._resolver.canonical(str(entry.model)) == base.reference
+        except MergeyardError:
+            return False
 
     def _slice(self, item: Slice, where: str, base: ModelSource) -> Span | None:
         """Layers, each source's own. What is the base at the layer it is merged onto may be no source."""

@@ -19,7 +19,7 @@ from tests.conformance.merging import differing, merged_here
 from tests.conformance.models import ARCHITECTURES
 from worker.engine import masks
 
-WAITING = frozenset(["adapters-under-the-base", "documents", "karcher-base-unlisted", "linear-base-unlisted"])
+WAITING = frozenset(["adapters-under-the-base", "documents"])
 CASES = [case for case in cases() if not case.differs and case.name not in WAITING]
 
 

@@ -162,7 +162,6 @@ def test_della_of_a_row_of_one_keeps_it_with_the_density() -> None:
         ("breadcrumbs", {}),
         ("breadcrumbs_ties", {}),
         ("multislerp", {}),
-        ("karcher", {}),
         ("sce", {}),
         ("passthrough", {}),
         ("slerp", {"t": 1.0}),
@@ -177,6 +176,11 @@ def test_one_source_at_weight_one_and_density_one_returns_itself(
     found, statistics = merged(tmp_path, method, [values], base=base, **parameters)
     torch.testing.assert_close(found, values, rtol=0, atol=1e-6)
     assert statistics.trimmed == (0.0,)
+
+
+def test_the_karcher_mean_counts_a_base_that_is_named(tmp_path: Path) -> None:
+    found, _ = merged(tmp_path, "karcher", [[0, 1]], base=[1, 0])
+    assert found.tolist() == pytest.approx([HALF, HALF], abs=1e-6)
 
 
 def test_passthrough_is_exact_and_scales(tmp_path: Path) -> None:
