@@ -11,7 +11,7 @@ from typing import Any
 from app.errors import Problem
 from app.planning.fitting import is_conv1d
 from app.planning.low_rank import is_low_rank
-from app.planning.matching import EMBEDDINGS
+from app.planning.matching import EMBEDDINGS, is_tied
 from app.planning.naming import some
 from app.planning.plan import AdapterPlace, AdapterPlan, Contribution, Estimates, ShardPlan, TensorPlan
 from app.planning.resolving import Resolved
@@ -124,7 +124,8 @@ def place_of(tensor: TensorPlan, base: ModelSource) -> AdapterPlace:
     looked_up = any(item.lora is not None and item.lora.transposed and not conv1d for item in tensor.contributions)
     linear = len(tensor.shape) == 2 and parameter == "weight" and module.rpartition(".")[2] not in LOOKUPS
     factors = linear and not looked_up and not RAW.search(tensor.name)
-    return AdapterPlace(module=module, parameter=parameter, factors=factors, transposed=factors and conv1d)
+    tied = "lm_head" if module.rpartition(".")[2] in EMBEDDINGS and is_tied(base) else None
+    return AdapterPlace(module=module, parameter=parameter, factors=factors, transposed=factors and conv1d, tied=tied)
 
 
 def _loaded_name(tensor: TensorPlan, base: ModelSource) -> str:

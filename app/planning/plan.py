@@ -110,13 +110,15 @@ class AdapterPlace:
     """Where an adapter holds a tensor: the ``module`` and ``parameter`` of the loaded model.
 
     ``factors``: as A (rank, in) and B (out, rank) of a linear layer, of the transposed tensor where it is
-    ``transposed``; else only whole, or not at all.
+    ``transposed``; else only whole, or not at all. ``tied``: the module that shares the tensor and has no
+    copy of its own in a checkpoint (an output head); saved whole, PEFT parts the two, so it is saved there too.
     """
 
     module: str
     parameter: str
     factors: bool
     transposed: bool
+    tied: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
+from app.planning.adapter_output import FILENAME
 from tests.engine.merges import Watch, bytes_of, merge, plan_of, tensors_of
 from tests.engine.peft_zoo import train, write_base
+from tests.engine.test_adoption import Store, run
 from worker.engine import blocks
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -260,6 +263,18 @@ def test_progress_reaches_its_end_and_a_cancel_leaves_nothing(sources: Path, tmp
         stopping = Watch(stop=KeyboardInterrupt(), stop_at=40)
         merge(plan_of(sources, recipe("ties")), tmp_path / "stopped", control=stopping)
     assert not [path for path in tmp_path.iterdir() if "stopped" in path.name]
+
+
+def test_a_retry_takes_over_the_finished_file(sources: Path, tmp_path: Path, with_norm: dict[str, Any]) -> None:
+    """What was saved whole is known from the file's statistics, so the config comes out the same."""
+    with_norm["output"]["other"] = "save"
+    plan = plan_of(tmp_path, with_norm)
+    first = Store(tmp_path / "first")
+    expected = run(plan, first)
+    second = Store(tmp_path / "second", remembered=first.remembered)
+    second.adoptable = {file["name"]: StoredFile(key=file["name"], **file) for file in expected["files"]}
+    assert run(plan, second) == expected
+    assert FILENAME not in second.created
 
 
 # ── what a LoRA cannot hold ─────────────────────────────────────────────────────────────────────

@@ -61,7 +61,9 @@ class AdapterWriting:
         found = {t.name: self._measure(t) for t in shard.tensors if not places[t.name].factors}
         saved = self._saved(shard, found)
         entries = [entry for tensor in held for entry in self._factor_entries(tensor)]
-        entries += [Entry(self._saved_key(tensor, held), tensor.dtype, tensor.shape) for tensor in saved]
+        entries += [
+            Entry(key, tensor.dtype, tensor.shape) for tensor in saved for key in self._saved_keys(tensor, held)
+        ]
         head = header(entries, self._plan.metadata)
         writer.begin(shard.filename, head, len(head) + sum(entry.nbytes for entry in entries))
         for tensor in held:
@@ -72,7 +74,8 @@ class AdapterWriting:
             for values in (_padded(A, rank, 0), _padded(B, rank, 1)):
                 _write(self._cast(tensor, values), writer, buffers)
         for tensor in saved:
-            self._copy(tensor, writer, buffers)
+            for _ in self._saved_keys(tensor, held):
+                self._copy(tensor, writer, buffers)
         self._check_energy(held, found)
         return found
 
@@ -89,12 +92,13 @@ class AdapterWriting:
         yield Entry(f"base_model.model.{place.module}.lora_A.weight", tensor.dtype, (rank, columns))
         yield Entry(f"base_model.model.{place.module}.lora_B.weight", tensor.dtype, (rows, rank))
 
-    def _saved_key(self, tensor: TensorPlan, held: Iterable[TensorPlan]) -> str:
+    def _saved_keys(self, tensor: TensorPlan, held: Iterable[TensorPlan]) -> list[str]:
         """As PEFT names it; a bias beside factors is the layer's own (``bias: lora_only``)."""
         place = self._adapter.places[tensor.name]
         beside = any(self._adapter.places[other.name].module == place.module for other in held)
         inner = "base_layer." if beside else ""
-        return f"base_model.model.{place.module}.{inner}{place.parameter}"
+        keys = [f"base_model.model.{place.module}.{inner}{place.parameter}"]
+        return keys + ([f"base_model.model.{place.tied}.{place.parameter}"] if place.tied else [])
 
     # ── one tensor ──────────────────────────────────────────────────────────────────────────────
 
@@ -181,7 +185,8 @@ def adapter_config(plan: Plan, adapter: AdapterPlan, statistics: Mapping[str, Te
         ]
         if any(place.module in layers for place in whole):
             config["bias"] = "lora_only"
-        config["modules_to_save"] = sorted({place.module for place in whole if place.module not in layers}) or None
+        modules = {place.module for place in whole if place.module not in layers}
+        config["modules_to_save"] = sorted(modules | {place.tied for place in whole if place.tied}) or None
     return config
 
 
