@@ -103,6 +103,8 @@ class Resolver:
             message = f"{text} leads outside the model roots; name a folder below one of them"
             raise MergeyardError("path_outside_roots", message)
         message = f"{text} is not below any model root; GET /sources lists what is there"
+        if "@" in path:
+            message += ". Folders have no revisions: leave out what follows the @, unless a folder is named so"
         raise MergeyardError("source_not_found", message)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,36 @@ def test_modules_are_merged_each_from_its_own_and_the_rest_is_the_bases(t5: Path
     assert origin(plan, "shared.weight")[0] == "t"
     assert plan.documents["config.json"]["num_decoder_layers"] == 3
     assert plan.documents["config.json"]["num_layers"] == 1
+
+
+LEVELS = ("source", "slice", "module", "recipe")
+
+
+@pytest.mark.parametrize("kind", ["scalar", "gradient", "filter", "filters of which none matches"])
+@pytest.mark.parametrize("given", [some for count in range(1, 5) for some in combinations(LEVELS, count)], ids=" ".join)
+def test_the_most_specific_level_that_says_something_wins(root: Path, given: tuple[str, ...], kind: str) -> None:
+    """Every choice of levels: the winner is the first of ``LEVELS`` among them, whatever form the values have."""
+
+    def value(level: str) -> Any:
+        number = 2.0 + LEVELS.index(level)
+        first = next(item for item in LEVELS if item in given)
+        if kind == "filters of which none matches" and level == first:
+            return [{"filter": "no such tensor", "value": 99.0}]
+        return {
+            "gradient": [number, 50.0],
+            "filter": [{"filter": "q_proj", "value": number}, {"value": 60.0}],
+        }.get(kind, number)
+
+    own = {level: {"parameters": {"weight": value(level)}} if level in given else {} for level in LEVELS}
+    slices = [{"sources": [taken("a", 0, 3), taken("b", 0, 3, **own["source"])], **own["slice"]}]
+    changes = {"merge_method": "task_arithmetic", "base_model": "a", **own["recipe"]}
+    plan = plan_of(root, [], modules={"default": {"slices": slices, **own["module"]}}, **changes)
+    said = [level for level in LEVELS if level in given]
+    if kind == "filters of which none matches":
+        said = said[1:]  # the first says nothing about this tensor
+    expected = 2.0 + LEVELS.index(said[0]) if said else 1.0
+    (contribution,) = tensor(plan, Q.format(0)).contributions
+    assert contribution.parameters["weight"] == expected
 
 
 def test_slices_of_several_stacks_need_modules(t5: Path) -> None:

@@ -193,3 +193,13 @@ def test_a_damaged_upload_is_refused_on_arrival(root: Path, tmp_path: Path) -> N
         draft.commit()
     draft.discard()
     assert list((tmp_path / "uploads").iterdir()) == []
+
+
+def test_a_revision_is_a_folders_name_or_said_to_mean_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path / "org" / "model")
+    write_model(tmp_path / "org" / "other@v2")
+    resolver = Resolver(roots=[tmp_path])
+    assert resolver.model("org/other@v2").reference == "models:org/other@v2"
+    with pytest.raises(MergeyardError, match=r"Folders have no revisions: leave out what follows the @") as caught:
+        resolver.model("org/model@main")
+    assert caught.value.code == "source_not_found"
