@@ -141,6 +141,11 @@ def test_rooms_count_alike(seed: int, n: int, threshold: int, prefix: int) -> No
         CPU.histogram(delta, counts[1], wanted)
         assert torch.equal(counts[0], counts[1])
     assert CPU.count_equal(delta, threshold) == REFERENCE.count_equal(delta, threshold)
+    for low, high in ((prefix << 16, threshold), (threshold, threshold), (0, 2**31 - 1)):
+        found = [torch.zeros(n, dtype=torch.int32), torch.zeros(n, dtype=torch.int32)]
+        above, inside = REFERENCE.collect(delta, low, high, found[0])
+        assert CPU.collect(delta, low, high, found[1]) == (above, inside)
+        assert torch.equal(found[0][:inside], found[1][:inside])
 
 
 @given(seed=st.integers(0, 2**32 - 1))

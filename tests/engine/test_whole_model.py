@@ -151,5 +151,6 @@ def test_progress_counts_every_pass_and_ends_at_its_total(rescale: bool, coarse:
     assert done == sorted(done)
     assert {total for _, total in watch.steps} == {done[-1]}
     output = sum(value.nbytes for value in tensors_of(tmp_path / "out").values())
-    assert done[-1] == output * (6 if rescale else 5)
+    # one pass that collects and three where that misses, the L1 norms, the majority sign, the merge itself
+    assert done[-1] == output * (7 if rescale else 6)
     assert watch.stages == ["merging", "publishing"]

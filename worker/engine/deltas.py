@@ -7,6 +7,7 @@ single-threaded BLAS call, and operands and results start at 64-byte boundaries 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, LifoQueue
@@ -16,12 +17,14 @@ import torch
 from app.errors import MergeyardError
 from app.planning.plan import Contribution, TensorPlan
 from app.sources.source import StoredTensor, TensorSpec
-from worker.engine.blocks import Block, cut
+from worker.engine.blocks import Block, cut, row_width
 from worker.engine.factors import FactorReader, Factors, norms_span_blocks
 from worker.engine.reader import Reader
 
 DELTA_BUDGET = 512_000_000  # bytes of Δ kept between passes; the planner's estimate counts on it
 _ALIGNED = 16  # float32 values in 64 bytes
+SAMPLE_GROUPS = 32
+_SAMPLE_VALUES = 2048  # of a group of whole rows
 _CHEAP_RANK = 64  # up to here B·A of a block in the caches costs less than writing it to memory and reading it back
 
 
@@ -110,6 +113,25 @@ class TensorDeltas:
                 self._form(index, contribution, block, deltas[index], scratch)
         self._formed[block.index] = self._kept is not None
         return deltas
+
+    def sample(self, index: int, columns: int, scratch: Scratch) -> torch.Tensor:
+        """Some values of one contribution's δ, float32 (groups, m), each group spread over the tensor.
+
+        Their last bits need not be those that a block has. Of a plain product each group is a grid of rows and
+        ``columns`` columns of its own, else a few whole rows.
+        """
+        contribution = self.tensor.contributions[index]
+        factors, added = self._factors[index].lora, self._factors[index].added
+        if factors is not None and added is None and contribution.full is None and factors.spans(self.tensor.shape):
+            return factors.sample(SAMPLE_GROUPS, columns) * self._prescale[index]
+        width = row_width(self.tensor.shape)
+        rows = math.prod(self.tensor.shape) // width
+        own = min(-(-_SAMPLE_VALUES // width), -(-rows // SAMPLE_GROUPS))
+        values = torch.empty(SAMPLE_GROUPS, own * width)
+        for group in range(SAMPLE_GROUPS):
+            start = group * (rows - own) // (SAMPLE_GROUPS - 1) * width
+            self._form(index, contribution, Block(0, start, start + own * width), values[group], scratch)
+        return values
 
     def _form(
         self, index: int, contribution: Contribution, block: Block, delta: torch.Tensor, scratch: Scratch

@@ -21,6 +21,7 @@ from worker.engine.blocks import row_width
 from worker.engine.reader import Reader
 
 EXPERT_FACTOR_BYTES = 256_000_000  # of experts' factors kept, where a checkpoint has every expert by itself
+_SAMPLE_ROWS = 32  # of a group
 RANK_EPSILON = 1e-5  # PEFT divides AdaLoRA's product by its rank count and this
 
 
@@ -64,6 +65,19 @@ class Factors:
             part = values[piece.place].view(left.shape[0], right.shape[1])
             # beta 0 ignores what the memory held, NaN included
             part.addmm_(left, right, beta=1.0 if keep else 0.0, alpha=self.scale)
+
+    def spans(self, shape: Sequence[int]) -> bool:
+        """Whether ΔW is one plain product, as large as the tensor."""
+        return self.magnitude is None and self.left.shape[0] == 1 and self._size == math.prod(shape)
+
+    def sample(self, groups: int, columns: int) -> torch.Tensor:
+        """Values of the product, float32 (groups, m): of each group's rows and columns, all evenly spaced."""
+        left, right = self.left[0], self.right[0].T
+        rows = torch.arange(groups * min(_SAMPLE_ROWS, -(-len(left) // groups)))
+        rows = (rows * len(left) // len(rows)).view(-1, groups).T
+        across = torch.arange(groups * min(columns, -(-len(right) // groups)))
+        across = (across * len(right) // len(across)).view(-1, groups).T
+        return torch.bmm(left[rows], right[across].transpose(1, 2)).flatten(1) * self.scale
 
     def rescale(self, start: int, stop: int, values: torch.Tensor, tensor: str) -> None:
         """DoRA: ``values`` hold W + ΔW and become m ⊙ that over its norms. Raises `adapter_invalid` at a norm of 0."""

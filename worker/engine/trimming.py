@@ -17,6 +17,7 @@ import torch
 
 from app.planning.plan import Contribution, TensorPlan
 from worker.engine.blocks import Block
+from worker.engine.bracket import SMALL, Bracket, Collected, Magnitudes, Sample, bracket
 from worker.engine.deltas import TensorDeltas
 from worker.engine.kernels.selection import coarse_bin, fine_threshold
 from worker.engine.kernels.signature import (
@@ -32,6 +33,8 @@ from worker.engine.ranking import ALL_EQUALS, Counts, Cut
 from worker.engine.views import Resources
 
 Result = TypeVar("Result")
+
+_SAMPLE_COLUMNS = 64  # of each of a group's rows; a scope of many tensors takes fewer of each
 
 
 @dataclass(slots=True)
@@ -54,8 +57,12 @@ class _Search:
         return 0 < self.k < self.values
 
     @property
+    def sought(self) -> bool:
+        return self.open and self.threshold < 0
+
+    @property
     def divides_equals(self) -> bool:
-        return self.open and self.equals_kept < self.equals_present
+        return self.open and self.equals_kept < self.equals_present and not self.equals
 
     def trim(self, tensor: TensorPlan, *, rescale: bool) -> Cut | None:
         """What is known so far, for one tensor."""
@@ -122,12 +129,15 @@ class Passes:
     def select(self, scope: Sequence[TensorPlan], pulse: Pulse) -> dict[str, TensorTrims]:
         """The exact trim of every tensor in ``scope``, by name.
 
-        Up to four sweeps: two levels of the threshold's bits, equal magnitudes where only some of them stay (the
-        lowest flat indices do), and the L1 norms where ``rescale`` needs them.
+        One sweep collects the magnitudes near each threshold, where a sample places it. Where that misses come up to
+        three more: two levels of the threshold's bits, and equal magnitudes where only some of them stay (the lowest
+        flat indices do). The last sums the L1 norms where ``rescale`` needs them.
         """
         searches = self._searches(scope)
         if any(search.open for search in searches.values()):
-            self._find_thresholds(scope, searches, pulse)
+            self._collect(scope, searches, pulse)
+            if any(search.sought for search in searches.values()):
+                self._find_thresholds(scope, searches, pulse)
             if any(search.divides_equals for search in searches.values()):
                 self._divide_equals(scope, searches, pulse)
             if any(self.method.needs(tensor).rescale for tensor in scope):
@@ -165,12 +175,69 @@ class Passes:
                 search.k = self.method.keep_count(tensor, contribution, search.values)
         return searches
 
+    def _collect(self, scope: Sequence[TensorPlan], searches: dict[int, _Search], pulse: Pulse) -> None:
+        """Find the thresholds that lie in their brackets; the others stay sought."""
+        brackets = self._brackets(scope, searches)
+        if not brackets:
+            return
+        collections = {slot: Collected() for slot in brackets}
+
+        def bracketed(tensor: TensorPlan) -> dict[int, _Search]:
+            return {index: search for index, search in _open_searches(tensor, searches) if search.slot in brackets}
+
+        def collect(tensor: TensorPlan, block: Block, deltas: torch.Tensor) -> list[tuple[int, int, Magnitudes]]:
+            room = torch.empty(block.size, dtype=torch.int32)
+            found = []
+            for index, search in bracketed(tensor).items():
+                low, high = brackets[search.slot]
+                above, inside = self.resources.kernels.collect(deltas[index], low, high, room)
+                found.append((search.slot, above, room.numpy()[:inside].copy()))
+            return found
+
+        for tensor, _, found in self.sweep(scope, collect, pulse, bracketed):
+            for slot, above, inside in found:
+                collections[slot].add(tensor.name, above, inside)
+        for search in searches.values():
+            place = collections[search.slot].largest(search.k) if search.slot in collections else None
+            if place is not None:
+                search.threshold, search.equals_kept, search.equals_present = place
+                if search.divides_equals:
+                    search.equals = collections[search.slot].shared(search.threshold, search.equals_kept)
+
+    def _brackets(self, scope: Sequence[TensorPlan], searches: dict[int, _Search]) -> dict[int, Bracket]:
+        """By slot, where the thresholds lie in all likelihood. Those that a sample does not place are left out."""
+        wanted = {search.slot: search for search in searches.values() if search.open}
+        samples: dict[int, list[Sample]] = {slot: [] for slot in wanted}
+        columns = max(2, _SAMPLE_COLUMNS // len(scope))
+        for tensor in scope:
+            large = [item for item in _open_searches(tensor, searches) if item[1].values > SMALL]
+            if not large:
+                continue
+            opened = self.open(tensor)
+
+            def sample(
+                item: tuple[int, _Search], tensor: TensorPlan = tensor, opened: TensorDeltas = opened
+            ) -> tuple[int, Sample]:
+                with self.resources.scratches.borrow() as scratch:
+                    values = opened.sample(item[0], columns, scratch)
+                return item[1].slot, Sample(values, math.prod(tensor.shape))
+
+            for slot, found in self.resources.crew.in_order(sample, large):
+                samples[slot].append(found)
+
+        def place(slot: int) -> tuple[int, Bracket | None]:
+            return slot, bracket(samples[slot], wanted[slot].k, wanted[slot].values)
+
+        placed = self.resources.crew.in_order(place, wanted)
+        return {slot: found for slot, found in placed if found is not None}
+
     def _find_thresholds(self, scope: Sequence[TensorPlan], searches: dict[int, _Search], pulse: Pulse) -> None:
         coarse = self._histograms(scope, searches, COARSE_BINS, pulse)
-        for search in filter(_is_open, searches.values()):
+        sought = list(filter(_is_sought, searches.values()))
+        for search in sought:
             search.prefix, search.k_left = coarse_bin(coarse[search.slot], search.k)
         fine = self._histograms(scope, searches, FINE_BINS, pulse)
-        for search in filter(_is_open, searches.values()):
+        for search in sought:
             search.threshold, search.equals_kept, search.equals_present = fine_threshold(
                 fine[search.slot], search.prefix, search.k_left
             )
@@ -185,21 +252,24 @@ class Passes:
         """int64 (sources, bins)."""
         counts = Counts(len(searches), bins)
 
+        def sought(tensor: TensorPlan) -> dict[int, _Search]:
+            return {index: search for index, search in _open_searches(tensor, searches) if search.sought}
+
         def count(tensor: TensorPlan, _block: Block, deltas: torch.Tensor) -> None:
             with counts.borrow() as held:
-                for index, search in _open_searches(tensor, searches):
+                for index, search in sought(tensor).items():
                     prefix = None if bins == COARSE_BINS else search.prefix
                     self.resources.kernels.histogram(deltas[index], held[search.slot], prefix)
 
-        for _ in self.sweep(scope, count, pulse):
+        for _ in self.sweep(scope, count, pulse, sought):
             pass
         return counts.total()
 
     def _divide_equals(self, scope: Sequence[TensorPlan], searches: dict[int, _Search], pulse: Pulse) -> None:
-        left = {search.slot: search.equals_kept for search in searches.values()}
+        left = {search.slot: search.equals_kept for search in searches.values() if search.divides_equals}
 
         def dividing(tensor: TensorPlan) -> dict[int, _Search]:
-            return {index: search for index, search in _open_searches(tensor, searches) if search.divides_equals}
+            return {index: search for index, search in _open_searches(tensor, searches) if search.slot in left}
 
         def count(tensor: TensorPlan, _block: Block, deltas: torch.Tensor) -> list[tuple[_Search, int]]:
             return [
@@ -241,8 +311,8 @@ def _changes(contribution: Contribution) -> bool:
     return contribution.changes
 
 
-def _is_open(search: _Search) -> bool:
-    return search.open
+def _is_sought(search: _Search) -> bool:
+    return search.sought
 
 
 def _open_searches(tensor: TensorPlan, searches: dict[int, _Search]) -> Iterator[tuple[int, _Search]]:

@@ -26,7 +26,7 @@ class Voting:
         self._spanning = [tensor for tensor in touched if method.needs(tensor).trim == "model"]
         self._voting = [tensor for tensor in touched if method.needs(tensor).majority]
         rescaling = any(method.needs(tensor).rescale for tensor in self._spanning)
-        self._trim_bytes = (4 if rescaling else 3) * sum(map(tensor_bytes, self._spanning))
+        self._trim_bytes = (5 if rescaling else 4) * sum(map(tensor_bytes, self._spanning))
         self.bytes_before = self._trim_bytes + sum(map(tensor_bytes, self._voting))
         self._trims: Mapping[str, TensorTrims] = {}
         self._zero_sign: Literal[1, -1] = 1

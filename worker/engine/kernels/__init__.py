@@ -34,6 +34,7 @@ def warm_up(kernels: Kernels) -> None:
     rule = Rule(elect="mass")
     kernels.histogram(delta, torch.zeros(COARSE_BINS, dtype=torch.int64), None)
     kernels.histogram(delta, torch.zeros(FINE_BINS, dtype=torch.int64), 0)
+    kernels.collect(delta, 0, 1, torch.empty(4, dtype=torch.int32))
     kernels.count_equal(delta, 0)
     kernels.kept_l1(delta, KEEP_ALL)
     kernels.elected_balance(delta[None], [KEEP_ALL], [1.0], rule)

@@ -30,6 +30,12 @@ class ReferenceKernels:
         else:
             counts += torch.bincount(bits[coarse == prefix] & 0xFFFF, minlength=FINE_BINS)
 
+    def collect(self, delta: torch.Tensor, low: int, high: int, found: torch.Tensor) -> tuple[int, int]:
+        bits = magnitudes(delta)
+        inside = bits[(bits >= low) & (bits <= high)]
+        found[: len(inside)] = inside
+        return int((bits > high).sum()), len(inside)
+
     def count_equal(self, delta: torch.Tensor, threshold: int) -> int:
         return int((magnitudes(delta) == threshold).sum())
 

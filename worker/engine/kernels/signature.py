@@ -102,6 +102,13 @@ class Kernels(Protocol):
         """
         ...
 
+    def collect(self, delta: torch.Tensor, low: int, high: int, found: torch.Tensor) -> tuple[int, int]:
+        """How many magnitudes, as their 31 bits, exceed ``high``, and how many lie from ``low`` to ``high``.
+
+        ``found``, int32 (n,), takes the latter in flat order; beyond them it may hold anything.
+        """
+        ...
+
     def count_equal(self, delta: torch.Tensor, threshold: int) -> int:
         """How many magnitudes equal ``threshold`` exactly."""
         ...
