@@ -28,7 +28,7 @@ def warnings_of(
             "back. Set `normalize: false`."
         )
         found.append(Problem(code="parameter_invalid", message=message, where="parameters.normalize"))
-    if not any(tensor.contributions for tensor in tensors):
+    if not any(tensor.contributions or tensor.base != base.tensors.get(tensor.name) for tensor in tensors):
         message = "No source changes any tensor; the result is the base."
         found.append(Problem(code="no_sources", message=message, where="models"))
     if any(tensor.base.dtype == "F64" and tensor.contributions for tensor in tensors):

@@ -62,6 +62,12 @@ def test_layers_are_stacked_in_order_and_may_repeat(root: Path) -> None:
     found = [origin(plan, Q.format(layer)) for layer in range(7)]
     assert found == [("a", Q.format(layer)) for layer in (0, 1, 2)] + [("b", Q.format(layer)) for layer in (1, 2, 1, 2)]
     assert len(plan.tensors) == 7 * 2 + 2
+    assert plan.warnings == ()  # nothing is merged, and the result is no model that went in
+
+
+def test_a_stack_that_is_its_own_model_again_is_warned_of(root: Path) -> None:
+    (warning,) = plan_of(root, [{"sources": [taken("a", 0, 4)]}]).warnings
+    assert (warning.code, warning.message) == ("no_sources", "No source changes any tensor; the result is the base.")
 
 
 def test_embeddings_are_the_first_slices_and_the_norm_the_lasts(root: Path) -> None:
