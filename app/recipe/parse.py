@@ -105,7 +105,12 @@ def _check(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
         "slices": checked.slices(recipe, ""),
         "modules": {name: checked.module(module, f"modules.{name}.") for name, module in recipe.modules.items()},
     }
-    return recipe.model_copy(update=update), problems
+    return _with(recipe, update), problems
+
+
+def _with(value: M, update: Mapping[str, Any]) -> M:
+    """A copy with new values of what was written: what was left out stays left out, and is not shown to its author."""
+    return value.model_copy(update={key: item for key, item in update.items() if key in value.model_fields_set})
 
 
 def _shape(recipe: Recipe, spec: MethodSpec) -> Iterable[Problem]:
@@ -141,6 +146,7 @@ def _shape(recipe: Recipe, spec: MethodSpec) -> Iterable[Problem]:
 
 WHOLE = ("choice", "whole")  # the kinds that have one value for the whole merge
 E = TypeVar("E", bound=SourceEntry)
+M = TypeVar("M", bound=BaseModel)
 Level = Literal["recipe", "part", "source"]
 
 
@@ -156,7 +162,7 @@ class _Checked:
             "models": self.models(module, inside),
             "slices": self.slices(module, inside),
         }
-        return module.model_copy(update=update)
+        return _with(module, update)
 
     def models(self, part: Part, inside: str) -> tuple[SourceEntry, ...]:
         return tuple(self._entry(entry, f"{inside}models[{index}]") for index, entry in enumerate(part.models))
@@ -167,7 +173,7 @@ class _Checked:
             where = f"{inside}slices[{number}]"
             sources = tuple(self._entry(entry, f"{where}.sources[{index}]") for index, entry in enumerate(item.sources))
             parameters = self.parameters(item.parameters, f"{where}.parameters", "part")
-            checked.append(item.model_copy(update={"sources": sources, "parameters": parameters}))
+            checked.append(_with(item, {"sources": sources, "parameters": parameters}))
         return tuple(checked)
 
     def _entry(self, entry: E, where: str) -> E:
@@ -175,7 +181,7 @@ class _Checked:
             message = "An entry names either a `model` or an `adapter`."
             self._problems.append(Problem(code="recipe_invalid", message=message, where=where))
         own = self.parameters(entry.parameters, f"{where}.parameters", "source")
-        return entry.model_copy(update={"parameters": own})
+        return _with(entry, {"parameters": own})
 
     def parameters(self, raw: Mapping[str, Any], where: str, level: Level) -> dict[str, Any]:
         """What is no source's own stands at the recipe's top, or at slices and modules where it may vary by tensor."""
