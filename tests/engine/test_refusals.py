@@ -268,7 +268,7 @@ def test_an_unforeseen_failure_in_a_thread_is_raised_and_leaves_nothing(
     def broken(*_: object) -> object:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(type(load("cpu")), "histogram", broken)
+    monkeypatch.setattr(type(load("cpu")), "collect", broken)
     with pytest.raises(ZeroDivisionError):
         merge(plan_of(root, recipe()), root / "out")
 

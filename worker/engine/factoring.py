@@ -13,7 +13,7 @@ from app.planning.low_rank import is_low_rank
 from app.planning.plan import Contribution, LoraFactors, Plan, TensorPlan
 from app.sources.source import TensorSpec
 from worker.engine.blocks import Block, cut
-from worker.engine.deltas import Deltas, Scratch, TensorDeltas, not_finite
+from worker.engine.deltas import SAMPLE_GROUPS, Deltas, Scratch, TensorDeltas, not_finite
 from worker.engine.factors import all_finite
 from worker.engine.kernels.signature import BlockStatistics, Rule
 from worker.engine.low_rank import LowRank
@@ -25,6 +25,8 @@ from worker.engine.tensors import BlockWork, StatisticsSum, merging, overflow
 from worker.engine.trimming import Passes, trims_at
 from worker.engine.views import Resources
 from worker.engine.voting import Voting
+
+_SAMPLE_VALUES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +184,12 @@ class _Held(TensorDeltas):
 
     def of(self, block: Block, scratch: Scratch, wanted: Container[int] | None = None) -> torch.Tensor:  # noqa: ARG002
         return self._values[:, block.start : block.stop]
+
+    def sample(self, index: int, columns: int, scratch: Scratch) -> torch.Tensor:  # noqa: ARG002
+        """Every so many-th value, shared out to the groups in turn."""
+        values = self._values[index]
+        taken = values[:: max(1, len(values) // _SAMPLE_VALUES)]
+        return taken[: len(taken) // SAMPLE_GROUPS * SAMPLE_GROUPS].reshape(-1, SAMPLE_GROUPS).T.contiguous()
 
 
 class _Product(TensorDeltas):
