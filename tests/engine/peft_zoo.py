@@ -239,19 +239,24 @@ def train(
     config: Any,
     *,
     seed: int = 1,
+    prepare: Callable[[Any], None] | None = None,
     before: Callable[[Any], None] | None = None,
     save_options: Mapping[str, Any] | None = None,
 ) -> Path:
     """An adapter after a few real steps of an optimiser on random data.
 
-    ``before`` is given the model that is about to be trained, ``save_options`` go to ``save_pretrained``.
+    ``prepare`` is given the base that the adapter is about to be put on, ``before`` the model that is about to be
+    trained, ``save_options`` go to ``save_pretrained``.
     """
     from peft import get_peft_model
 
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(load(name, base), config)
+        plain = load(name, base)
+        if prepare is not None:
+            prepare(plain)
+        model = get_peft_model(plain, config)
         if before is not None:
             before(model)
         steps(name, model, seed)
