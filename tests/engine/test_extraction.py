@@ -14,7 +14,7 @@ from tests.engine.merges import merge, plan_of, tensors_of
 from tests.engine.peft_zoo import load, steps, write_base
 from tests.engine.test_adapter_output import logits_of, logits_of_adapter
 
-ARCHITECTURES = ("llama", "gpt2")
+ARCHITECTURES = ("llama", "tied llama", "gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,22 @@ def test_at_full_rank_with_everything_else_saved_it_is_the_fine_tune(models: Pat
     assert (expected - logits_of(models / kind)).abs().max() > 1e-2
     found = logits_of_adapter(models / kind, tmp_path / "out")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_adapter_written_here_is_read_here(models: Path, tmp_path: Path, kind: str, method: str) -> None:
+    """With norms, biases and embeddings (of the last two tied to their heads) saved whole."""
+    written = {**extraction(kind, rank=256, other="save"), "merge_method": method}
+    merge(plan_of(models, written), tmp_path / "adapter")
+    merge(plan_of(models, {**written, "output": {}}), tmp_path / "checkpoint")
+    shutil.copytree(models / kind, tmp_path / kind)
+    again = {"base_model": kind, "merge_method": method, "models": [{"adapter": "adapter"}]}
+    merge(plan_of(tmp_path, again), tmp_path / "out")
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "checkpoint")
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")

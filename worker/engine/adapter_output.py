@@ -68,11 +68,12 @@ class AdapterWriting:
         writer.begin(shard.filename, head, len(head) + sum(entry.nbytes for entry in entries))
         for tensor in held:
             compressed, statistics = self._compress(tensor)
-            found[tensor.name] = replace(statistics, retained_energy=compressed.retained_energy)
-            A, B = compressed.matrix.right, compressed.matrix.left
+            A, B = (self._cast(tensor, values) for values in (compressed.matrix.right, compressed.matrix.left))
+            energy = compressed.held_by(LowRank(B.double(), A.double()))
+            found[tensor.name] = replace(statistics, retained_energy=energy)
             rank = self._adapter.rank
             for values in (_padded(A, rank, 0), _padded(B, rank, 1)):
-                _write(self._cast(tensor, values), writer, buffers)
+                _write(values, writer, buffers)
         for tensor in saved:
             for _ in self._saved_keys(tensor, held):
                 self._copy(tensor, writer, buffers)
@@ -186,7 +187,9 @@ def adapter_config(plan: Plan, adapter: AdapterPlan, statistics: Mapping[str, Te
         if any(place.module in layers for place in whole):
             config["bias"] = "lora_only"
         modules = {place.module for place in whole if place.module not in layers}
-        config["modules_to_save"] = sorted(modules | {place.tied for place in whole if place.tied}) or None
+        tied = {place.tied for place in whole if place.tied}
+        config["modules_to_save"] = sorted(modules | tied) or None
+        config["ensure_weight_tying"] = bool(tied)
     return config
 
 

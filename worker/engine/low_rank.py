@@ -21,8 +21,19 @@ class LowRank:
         """‖left·right‖² (Frobenius)."""
         return max(0.0, float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum()))
 
+    @property
+    def vanishes(self) -> bool:
+        """Whether its columns cancel each other, so that nothing but their rounding is left."""
+        return self.square <= 4 * _ROUNDING * float(self.left.square().sum() * self.right.square().sum())
+
     def times(self, factor: float) -> LowRank:
         return LowRank(self.left * factor, self.right)
+
+
+def difference(one: LowRank, other: LowRank) -> LowRank:
+    """one - other, of factors that are close: exact where they are equal."""
+    left = torch.cat([one.left - other.left, other.left], 1)
+    return LowRank(left, torch.cat([one.right, one.right - other.right], 0))
 
 
 @dataclass(frozen=True, slots=True)
