@@ -40,12 +40,9 @@ class _Tables:
 
     def aligned(self, slot: Slot, resolved: Resolved) -> Slot:
         base = self._owner(slot, resolved)
-        named = self.vocabulary.base_votes or base != self.vocabulary.base
-        voters = tuple(
-            dict.fromkeys(
-                ([base] if named else []) + [reference_of(resolved.sources[item.source]) for item in slot.sources]
-            )
-        )
+        given = [reference_of(resolved.sources[item.source]) for item in slot.sources]
+        votes = slot.based or base in given or not given
+        voters = tuple(dict.fromkeys(([base] if votes else []) + given))
         specs: dict[str, StoredTensor] = {base: slot.base}
         keys = []
         for item in slot.sources:

@@ -35,8 +35,8 @@ def canonical_recipe(recipe: Recipe, found: Resolved) -> dict[str, Any]:
     }
     parts = {part.module: _part(part, spec) for part in found.parts}
     resolved.update(parts.get(None, {"modules": parts}))
-    if spec.base == "optional" and recipe.base_model is None:
-        del resolved["base_model"]  # named, it would be what the models are merged around
+    if spec.base != "required" and recipe.base_model is None:
+        del resolved["base_model"]  # named, it would be what the models are merged around, and lend rows to tokens
     if wanted := recipe.out_dtype or recipe.dtype:
         resolved["out_dtype"] = wanted
     if recipe.chat_template:
@@ -57,18 +57,13 @@ def _part(part: ResolvedPart, spec: MethodSpec) -> dict[str, Any]:
             {
                 "sources": [dict(entry) for entry in span.entries],
                 **({"base_model": span.own_base} if span.own_base else {}),
-                "parameters": used(span.parameters, spec),
+                "parameters": spec.used(span.parameters),
             }
             for span in part.spans
         ]
     if part.module is not None:
-        value["parameters"] = used(part.parameters, spec)
+        value["parameters"] = spec.used(part.parameters)
     return value
-
-
-def used(parameters: Mapping[str, Any], spec: MethodSpec) -> dict[str, Any]:
-    """Without what changes nothing."""
-    return {name: value for name, value in parameters.items() if not spec.parameters[name].ignored}
 
 
 def plan_digest(

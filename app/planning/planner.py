@@ -144,7 +144,7 @@ def _amount(spec: MethodSpec) -> str:
     beside = " beside the base" if spec.base == "required" else ""
     if spec.least == spec.most:
         return f"exactly {spec.least} source{'s' * (spec.least > 1)}{beside}"
-    return f"at least {spec.least} sources{beside}"
+    return f"at least {spec.least} source{'s' * (spec.least > 1)}{beside}"
 
 
 def _varying_densities(tensors: Sequence[TensorPlan], sources: Sequence[ResolvedSource]) -> list[Problem]:

@@ -14,7 +14,7 @@ from app.planning.modules import Modules, modules_of
 from app.planning.plan import PlannedSource
 from app.recipe import Recipe, SourceEntry
 from app.recipe.grammar import LayersEntry, Part, Slice
-from app.recipe.methods import METHODS
+from app.recipe.methods import METHODS, MethodSpec
 from app.sources.references import split_adapter
 from app.sources.resolver import Resolver
 from app.sources.source import ModelSource, SourceFile
@@ -321,7 +321,7 @@ class _Resolving:
     ) -> tuple[tuple[Use, ...], tuple[Mapping[str, Any], ...]]:
         """The entries that count, numbered, and all of them as the resolved recipe lists them."""
         if self._spec.symmetric:
-            found = sorted(found, key=lambda pair: _canonical_order(*pair))
+            found = sorted(found, key=lambda pair: _canonical_order(pair[0], pair[1], self._spec))
         uses = []
         seen: Counter[str] = Counter()
         for source, entry in found:
@@ -332,7 +332,7 @@ class _Resolving:
                     Use(source=number, first=_first_layer(entry), parameters=entry.parameters, where=source.where)
                 )
                 seen[key] += 1
-        return tuple(uses), tuple(_listed(source, entry, self._spec.parameters) for source, entry in found)
+        return tuple(uses), tuple(_listed(source, entry, self._spec) for source, entry in found)
 
     def _number(self, source: ResolvedSource, key: str, occurrence: int) -> int:
         """A source keeps its number from slice to slice; named twice in one, it is two sources."""
@@ -360,7 +360,7 @@ class _Resolving:
             adapter = match_adapter(self._resolver.adapter(adapter_text), base, on=tensors)
             reference = adapter.source.reference
             # the resolved recipe names no base where one would mean another merge
-            unnamed = self._spec.base == "optional" and self._recipe.base_model is None
+            unnamed = self._spec.base != "required" and self._recipe.base_model is None
             full = model_text is not None and (model is not None or unnamed)
             canonical = {"model": f"{canonical['model']}+{reference}"} if full else {"adapter": reference}
         return ResolvedSource(where=where, model=model, adapter=adapter, canonical=canonical)
@@ -397,19 +397,18 @@ def _only(model: ModelSource, owns: Callable[[str], bool] | None) -> ModelSource
     return replace(model, tensors={name: spec for name, spec in model.tensors.items() if owns(name)})
 
 
-def _canonical_order(source: ResolvedSource, entry: SourceEntry) -> tuple[str, str, int]:
+def _canonical_order(source: ResolvedSource, entry: SourceEntry, spec: MethodSpec) -> tuple[str, str, int]:
     """By reference, then by parameters, so that float32 sums do not depend on how a recipe lists its sources."""
     return (
         json.dumps(source.canonical, sort_keys=True),
-        json.dumps(entry.parameters, sort_keys=True),
+        json.dumps(spec.used(entry.parameters), sort_keys=True),
         _first_layer(entry),
     )
 
 
-def _listed(source: ResolvedSource, entry: SourceEntry, known: Mapping[str, Any]) -> Mapping[str, Any]:
-    own = {name: value for name, value in entry.parameters.items() if not known[name].ignored}
+def _listed(source: ResolvedSource, entry: SourceEntry, spec: MethodSpec) -> Mapping[str, Any]:
     layers = {"layer_range": list(entry.layer_range)} if isinstance(entry, LayersEntry) else {}
-    return {**source.canonical, **layers, "parameters": own}
+    return {**source.canonical, **layers, "parameters": spec.used(entry.parameters)}
 
 
 def placed(error: MergeyardError, where: str) -> list[Problem]:

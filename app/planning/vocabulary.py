@@ -47,8 +47,8 @@ class Vocabulary:
 
     ``tokenizer`` is the one whose files the result takes, with ``added`` appended to it and without ``dropped`` (for
     which it had no embedding). ``size`` is the rows that tokens need, ``padding`` the rows after them. ``tensors`` are
-    the base's names of the tensors with a row for each token. ``holders`` are the base and the sources, by reference;
-    ``voters`` the same without a base that the recipe does not name. ``section`` is the resolved recipe's.
+    the base's names of the tensors with a row for each token. ``holders`` are the base and the sources, by reference.
+    ``section`` is the resolved recipe's.
     """
 
     tokenizer: TokenizerSource
@@ -59,7 +59,6 @@ class Vocabulary:
     tensors: frozenset[str]
     holders: Mapping[str, Holder]
     base: str
-    base_votes: bool
     settings: Mapping[str, tuple[TokenSource, bool]]
     missing: str
     section: Mapping[str, Any]
@@ -111,7 +110,6 @@ def plan_vocabulary(recipe: Recipe, resolved: Resolved, resolver: Resolver) -> V
         tensors=tensors,
         holders=holders,
         base=resolved.base.reference,
-        base_votes=bool(recipe.base_model),
         settings=settings,
         missing=wanted.missing or ("base" if recipe.base_model else "mean"),
         section={},
@@ -174,6 +172,11 @@ def _holders(
             continue
         own: dict[str, StoredTensor] = dict(source.model.tensors if source.model else base.tensors)
         own.update(source.adapter.saved if source.adapter else {})
+        unlike = sorted(name for name in tensors if not _rows_alike(own.get(name), base.tensors[name]))
+        if unlike:
+            message = f"{key} has no {some(unlike)} as {base.reference} has; they are of different architectures."
+            problems.append(Problem(code="model_mismatch", message=message, where=source.where))
+            continue
         count = _rows_of({name: own[name] for name in tensors}, key, source.where, problems)
         found: TokenizerSource | None = tokenizer
         before = source.model.tensors if source.model else base.tensors
@@ -193,6 +196,11 @@ def _holders(
         if found is not None:
             holders[key] = Holder(tokenizer=found, rows=count)
     return holders
+
+
+def _rows_alike(own: StoredTensor | None, other: StoredTensor) -> bool:
+    """Whether two tensors have rows of one shape, however many."""
+    return own is not None and len(own.shape) == len(other.shape) and own.shape[1:] == other.shape[1:]
 
 
 @dataclass(slots=True)

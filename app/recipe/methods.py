@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["number", "whole", "flag", "choice"]
 Setting = float | bool | str
@@ -72,6 +72,10 @@ class MethodSpec:
     def counts_base(self, *, named: bool) -> bool:
         """Whether the base listed among ``models`` is a source; ``named``: the recipe has a ``base_model``."""
         return self.base == "ignored" or (self.base == "optional" and not named)
+
+    def used(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Without what changes nothing."""
+        return {name: value for name, value in parameters.items() if not self.parameters[name].ignored}
 
 
 def _not_normalized(flag: str) -> Callable[[Settings, Sequence[Settings]], bool]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,12 +18,14 @@ from app.planning.planner import make_plan
 from app.recipe import parse_recipe
 from app.recipe.methods import METHODS, MethodSpec, Parameter
 from app.sources.resolver import Resolver
-from tests.files import llama_tensors, write_adapter, write_model
+from tests.files import llama_tensors, lora_tensors, write_adapter, write_model
 
 MODELS = (
     "a",
     "b",
     "short",
+    "long",
+    "words",
     "a+sql",
     "models:b+models:json",
     "a@main",
@@ -30,7 +35,9 @@ MODELS = (
     "../a",
     {"model": {"path": "b"}},
 )
-ADAPTERS = ("sql", "json", "a", "none")
+TABLE = "model.embed_tokens"
+ADAPTERS = ("sql", "json", "norm", "table", "grown", "a", "none")
+LETTERS = "abcdefghijklmnop"  # the tokens of the sixteen rows
 PLAIN = st.none() | st.booleans() | st.integers(-3, 9) | st.floats(-2, 2) | st.text(max_size=5)
 ANYTHING = st.recursive(
     PLAIN,
@@ -42,8 +49,15 @@ ANYTHING = st.recursive(
 @pytest.fixture(scope="module")
 def resolver(tmp_path_factory: pytest.TempPathFactory) -> Resolver:
     root = tmp_path_factory.mktemp("root")
-    write_model(root / "a", llama_tensors(4), num_hidden_layers=4)
-    write_model(root / "b", llama_tensors(4, seed=5), num_hidden_layers=4)
+    write_model(root / "a", llama_tensors(4), num_hidden_layers=4, vocab_size=16, eos_token_id=3)
+    write_model(root / "b", llama_tensors(4, seed=5), num_hidden_layers=4, vocab_size=16)
+    longer = llama_tensors(4, seed=7)
+    longer[f"{TABLE}.weight"] = torch.ones(18, 8)
+    write_model(root / "long", longer, num_hidden_layers=4, vocab_size=18)
+    write_words(root / "a", LETTERS)
+    write_words(root / "b", "ba" + LETTERS[2:12], ["<1>", "<2>", "<3>", "<4>"])
+    write_words(root / "long", LETTERS, ["<1>", "<5>", "<beyond its rows>"], chat_template="{{ messages }}")
+    write_words(root / "words", LETTERS[:10], ["<6>"])
     write_model(root / "short", llama_tensors(2, seed=6), num_hidden_layers=2)
     stacks = {
         f"{part}.block.{layer}.x.weight": llama_tensors()["model.norm.weight"] for part in "ed" for layer in (0, 1)
@@ -51,7 +65,24 @@ def resolver(tmp_path_factory: pytest.TempPathFactory) -> Resolver:
     write_model(root / "t", stacks, model_type="t5", num_layers=2)
     write_adapter(root / "sql")
     write_adapter(root / "json")
+    saved = {"base_model.model.model.norm.weight": torch.ones(8)}
+    write_adapter(root / "norm", {**lora_tensors(), **saved}, modules_to_save=["norm"])
+    key = f"base_model.model.{TABLE}"
+    table = {f"{key}.lora_embedding_A": torch.ones(2, 16), f"{key}.lora_embedding_B": torch.ones(8, 2)}
+    write_adapter(root / "table", {**lora_tensors(), **table}, ensure_weight_tying=True)
+    grown = {f"{key}.weight": torch.ones(19, 8)}
+    write_adapter(root / "grown", grown, ensure_weight_tying=True, modules_to_save=["embed_tokens"])
     return Resolver(roots=[root])
+
+
+def write_words(folder: Path, letters: str, added: Sequence[str] = (), **config: Any) -> None:
+    """A tokenizer of single letters, and of added tokens after them."""
+    folder.mkdir(exist_ok=True)
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    beside = [{"id": len(letters) + index, "content": content} for index, content in enumerate(added)]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": beside}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def value_of(parameter: Parameter, *, right: bool) -> st.SearchStrategy[Any]:
@@ -86,6 +117,66 @@ def parameters_of(spec: MethodSpec, *, level: str, right: bool) -> st.SearchStra
     )
 
 
+def outputs(*, right: bool, adapter: bool) -> st.SearchStrategy[dict[str, Any]]:
+    """``right``: as the kind takes them; ``adapter``: whether that kind may be drawn then."""
+    checkpoint = st.fixed_dictionaries(
+        {}, optional={"kind": st.just("checkpoint"), "max_shard_size": st.integers(1, 5000) | st.just("1KB")}
+    )
+    low_rank = st.fixed_dictionaries(
+        {"kind": st.just("adapter")},
+        optional={
+            "rank": st.integers(1, 600),
+            "min_retained_energy": st.floats(0, 1),
+            "other": st.sampled_from(["refuse", "save", "drop"]),
+        },
+    )
+    if right:
+        return checkpoint | low_rank if adapter else checkpoint
+    wild = st.sampled_from(["rank", "min_retained_energy", "other", "max_shard_size", "kind", "surprise"])
+    return st.builds(lambda known, more: {**known, **more}, checkpoint | low_rank, st.dictionaries(wild, ANYTHING))
+
+
+def tokenizers(*, right: bool) -> st.SearchStrategy[dict[str, Any]]:
+    """The keys of the tokenizer, ``right`` ones or with something in them that nobody means."""
+    models = st.sampled_from(["a", "b", "long"] if right else MODELS)
+    tokens = st.sampled_from(["a", "c", "p", "<1>", "<5>", "<beyond its rows>", "<new>", "<6>"])
+    named = {"kind": st.just("model_token"), "model": models}
+    source = (
+        models
+        | st.just({"kind": "zero"})
+        | st.fixed_dictionaries({"kind": st.just("model"), "model": models})
+        | st.fixed_dictionaries({**named, "token": tokens})
+        | st.fixed_dictionaries({**named, "token_id": st.integers(0, 17)})
+    )
+    setting = st.fixed_dictionaries({}, optional={"source": source}) | st.fixed_dictionaries(
+        {"source": source, "force": st.booleans()}
+    )
+    whole = {
+        "source": st.sampled_from(["base", "union", "a", "b", "long", "words"]),
+        "tokens": st.dictionaries(tokens, setting, max_size=2) | st.none(),
+        "pad_to_multiple_of": st.integers(1, 64) | st.none(),
+        "missing": st.sampled_from(["base", "mean"]),
+    }
+    section = st.fixed_dictionaries({}, optional=whole)
+    template = st.sampled_from(["auto", "chatml", "llama3", "{{ messages }}"])
+    if not right:
+        section |= ANYTHING | st.builds(
+            lambda known, more: {**known, **more},
+            section,
+            st.dictionaries(st.sampled_from([*whole, "surprise"]), ANYTHING | st.dictionaries(tokens, ANYTHING)),
+        )
+        template |= st.sampled_from(["x", ""])
+    short = st.sampled_from(["base", "union", "a", "long", *([] if right else ["", "none"])])
+    chat = {"chat_template": template}
+    both = st.just({"tokenizer": {}, "tokenizer_source": "union"})
+    return (
+        st.fixed_dictionaries({"tokenizer": section}, optional=chat)
+        | st.fixed_dictionaries({"tokenizer_source": short}, optional=chat)
+        | st.fixed_dictionaries(chat)
+        | (st.nothing() if right else both)
+    )
+
+
 @st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
     """The whole grammar, half of the time with nothing wrong that is known to be."""
@@ -93,9 +184,11 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     right = draw(st.booleans())
     own = parameters_of(spec, level="source", right=right)
     part = parameters_of(spec, level="part", right=right)
-    named = st.sampled_from(["a", "b", "a+sql", "b+json"]) if right else st.sampled_from(MODELS)
+    words = draw(tokenizers(right=right)) if draw(st.booleans()) else {}
+    known = ["a", "b", "a+sql", "b+json", *(["long"] if words.keys() & {"tokenizer", "tokenizer_source"} else [])]
+    named = st.sampled_from(known if right else MODELS)
     model = st.fixed_dictionaries({"model": named}, optional={"parameters": own})
-    adapters = st.sampled_from(ADAPTERS[:2] if right else ADAPTERS)
+    adapters = st.sampled_from(ADAPTERS[:3] if right else ADAPTERS)
     adapter = st.fixed_dictionaries({"adapter": adapters}, optional={"parameters": own})
     models = st.lists(model | adapter, min_size=1, max_size=3)
 
@@ -122,17 +215,13 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     )
     based = {"base_model": st.just("a") if right else st.sampled_from(MODELS)}
     whole = {"parameters": parameters_of(spec, level="recipe", right=right)}
-    kinds = st.sampled_from(["checkpoint"] if right else ["checkpoint", "adapter"])
     optional = {
         "dtype": st.sampled_from(["float16", "torch.bfloat16"] if right else ["int8", 3]),
         "out_dtype": st.sampled_from(["float32", None]),
         "name": st.text(max_size=4),
-        "output": st.fixed_dictionaries({"kind": kinds}, optional={"max_shard_size": st.integers(1, 5000)}),
+        "output": outputs(right=right, adapter="models" in shape and not words),
     }
     wrong = {
-        "tokenizer_source": st.sampled_from(["base", "union", "b", ""]),
-        "tokenizer": ANYTHING,
-        "chat_template": st.sampled_from(["auto", "chatml", "x"]),
         "models": ANYTHING,
         "surprise": ANYTHING,
     }
@@ -140,7 +229,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     more = {**optional} if right else {**based, **optional, **wrong}
     if right and spec.base != "required":
         more |= based
-    return {"merge_method": method, **shape, **draw(st.fixed_dictionaries(needs, optional=more))}
+    return {"merge_method": method, **shape, **words, **draw(st.fixed_dictionaries(needs, optional=more))}
 
 
 def check(source: str | bytes | dict[str, Any], resolver: Resolver) -> None:
@@ -155,7 +244,7 @@ def check(source: str | bytes | dict[str, Any], resolver: Resolver) -> None:
     assert again.shards == plan.shards
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(recipe=recipes())
 def test_a_recipe_is_planned_or_refused(recipe: dict[str, Any], resolver: Resolver) -> None:
     check(recipe, resolver)
@@ -176,17 +265,19 @@ def test_any_text_is_refused(source: str | bytes, resolver: Resolver) -> None:
 
 def test_the_grammar_is_reached(resolver: Resolver) -> None:
     """The strategy is worth something only if it finds plans too."""
-    found = {"models": 0, "slices": 0, "modules": 0}
+    keys = ("models", "slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+    found = dict.fromkeys([*keys, "adapter"], 0)
 
-    @settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(recipe=recipes())
     def count(recipe: dict[str, Any]) -> None:
         try:
-            make_plan(parse_recipe(recipe), resolver)
+            plan = make_plan(parse_recipe(recipe), resolver)
         except MergeyardError:
             return
-        for key in found:
+        for key in keys:
             found[key] += key in recipe
+        found["adapter"] += plan.adapter is not None
 
     count()
     assert all(found.values()), found

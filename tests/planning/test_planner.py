@@ -186,6 +186,17 @@ def test_the_digest_is_of_what_decides_the_bytes(root: Path) -> None:
     assert plan_of(root).digest != digest
 
 
+def test_what_is_ignored_does_not_decide_the_order_of_sources(root: Path) -> None:
+    """The resolved recipe leaves it out, so it would be another merge."""
+    models = [
+        {"adapter": "sql", "parameters": {"weight": 0.25}},
+        {"adapter": "sql", "parameters": {"density": 0.5, "weight": 0.5}},
+    ]
+    plan = plan_of(root, merge_method="task_arithmetic", models=models)
+    assert make_plan(parse_recipe(plan.recipe), Resolver(roots=[root])).digest == plan.digest
+    assert plan_of(root, merge_method="task_arithmetic", models=models[::-1]).digest == plan.digest
+
+
 def test_all_missing_sources_are_reported_at_once(root: Path) -> None:
     models = [{"adapter": "nope"}, {"model": "also/nope"}, {"adapter": "../x"}, {"adapter": "sql"}]
     assert problems_of(root, models=models) == [

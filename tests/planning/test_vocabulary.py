@@ -50,6 +50,13 @@ def problems_of(root: Path, **changes: Any) -> list[tuple[str, str]]:
     [
         {},
         {"base_model": None},
+        {"base_model": None, "models": [{"model": f"{name}+norm"} for name in ("base", "chat", "few")]},
+        {
+            "base_model": None,
+            "merge_method": "ties",
+            "models": None,
+            "slices": [{"base_model": "chat", "sources": [{"model": "base", "layer_range": [0, 1]}]}],
+        },
         {"tokenizer": None, "tokenizer_source": "chat"},
         {"tokenizer": None, "chat_template": "auto", "models": [{"model": "base"}]},
         {
@@ -66,6 +73,9 @@ def problems_of(root: Path, **changes: Any) -> list[tuple[str, str]]:
     ],
 )
 def test_the_resolved_recipe_plans_to_the_same_digest(root: Path, changes: dict[str, Any]) -> None:
+    write_speaker(root / "few", tokenizer(size=270), seed=2)
+    tensors = {"base_model.model.model.norm.weight": torch.ones(16)}
+    write_adapter(root / "norm", tensors, modules_to_save=["norm"])
     plan = plan_of(root, **changes)
     again = make_plan(parse_recipe(json.dumps(plan.recipe)), Resolver(roots=[root]))
     assert (again.digest, again.recipe) == (plan.digest, plan.recipe)
@@ -134,6 +144,13 @@ def test_damaged_tokenizers_are_named_by_their_models(root: Path) -> None:
 def test_a_source_s_damaged_tokenizer_is_named(root: Path) -> None:
     (root / "chat" / "tokenizer.json").write_text("{}")
     assert problems_of(root) == [("tokenizer_invalid", "models[1].model")]
+
+
+def test_a_slice_of_another_architecture_is_named(root: Path) -> None:
+    write_model(root / "other", {"encoder.layers.0.x.weight": torch.zeros(16, 16)})
+    slices = [{"base_model": "base", "sources": [{"model": "other", "layer_range": [0, 1]}]}]
+    changes = {"base_model": None, "models": None, "merge_method": "ties", "slices": slices}
+    assert problems_of(root, **changes) == [("model_mismatch", "slices[0].sources[0]")]
 
 
 def test_a_tokenizer_may_come_from_a_model_that_is_not_merged(root: Path) -> None:
