@@ -91,14 +91,14 @@ def merge_one_tensor(
     rule = method.rule(tensor, sources=sources or len(deltas))
     if needs.majority:
         balance = sum(
-            kernels.elected_balance(deltas[:, at], of_block, weights, rule)
+            kernels.elected_balance(list(deltas[:, at]), of_block, weights, rule)
             for at, of_block in zip(blocks, trims, strict=True)
         )
         rule = method.rule(tensor, -1 if balance < 0 else 1, sources=sources or len(deltas))
 
     out = torch.empty_like(base)
     statistics = tuple(
-        kernels.merge(base[at], deltas[:, at], of_block, weights, rule, out[at])
+        kernels.merge(base[at], list(deltas[:, at]), of_block, weights, rule, out[at])
         for at, of_block in zip(blocks, trims, strict=True)
     )
     kept = tuple(sum(counts) for counts in zip(*(block.kept for block in statistics), strict=True))

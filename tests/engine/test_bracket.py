@@ -112,9 +112,9 @@ def test_what_is_collected_is_what_a_stable_sort_keeps(seed: int, k: int, levels
     low, high = levels // 4, levels - levels // 4
     collected = Collected()
     for start in range(0, 3000, 1100):
-        found = torch.empty(1100, dtype=torch.int32)
-        above, inside = kernels.collect(delta[start : start + 1100], low, high, found)
-        collected.add("w", above, found.numpy()[:inside])
+        found = torch.empty(1, 1100, dtype=torch.int32)
+        ((above, inside),) = kernels.collect([delta[start : start + 1100]], [(low, high)], found)
+        collected.add("w", above, found.numpy()[0, :inside])
     kth = int(np.sort(bits)[-k])
     place = collected.largest(k)
     if not low <= kth <= high:

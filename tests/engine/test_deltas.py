@@ -13,12 +13,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tests.engine.merges import plan_of
 from tests.files import llama_tensors, write_model
 from worker.engine.deltas import Deltas, Scratch
+from worker.engine.kernels import load
 from worker.engine.reader import Reader
 
 
 def test_a_larger_buffer_is_made_only_when_the_smaller_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path / "base")
-    write_model(tmp_path / "tuned", llama_tensors(seed=1))
+    # a dtype that no kernel reads, so that δ is formed first
+    write_model(tmp_path / "tuned", {name: value.double() for name, value in llama_tensors(seed=1).items()})
     recipe = {"base_model": "base", "merge_method": "ties", "models": [{"model": "tuned"}]}
     tensors = sorted(plan_of(tmp_path, recipe).tensors, key=lambda tensor: math.prod(tensor.shape))
     made: list[StorageWeakRef] = []
@@ -33,7 +35,8 @@ def test_a_larger_buffer_is_made_only_when_the_smaller_is_gone(tmp_path: Path, m
         return tensor
 
     with Reader() as reader:
-        deltas, scratch = Deltas(["tuned"], reader), Scratch()
+        kernels = load("cpu")
+        deltas, scratch = Deltas(["tuned"], reader, kernels), Scratch(kernels.memory)
         monkeypatch.setattr(torch, "empty", watched)
         for tensor in tensors:
             opened = deltas.open(tensor, [1.0])  # the last one is still held here, as by a pass

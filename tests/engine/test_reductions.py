@@ -41,8 +41,10 @@ def passing(
         pass
 
     with Crew(threads) as crew, Reader() as reader:
-        deltas = Deltas([source.reference for source in plan.sources], reader, 1 << 20)
-        resources = Resources(kernels=load("cpu"), crew=crew, reader=reader, scratches=ScratchPool(), deltas=deltas)
+        kernels = load("cpu")
+        scratches = ScratchPool(kernels.memory)
+        deltas = Deltas([source.reference for source in plan.sources], reader, kernels, 1 << 20)
+        resources = Resources(kernels=kernels, crew=crew, reader=reader, scratches=scratches, deltas=deltas)
         yield pass_over(plan, deltas.open(plan.tensors[0], [1.0] * len(sources)), resources, ignore)
 
 
@@ -134,5 +136,5 @@ def test_sources_are_as_their_files_have_them(tmp_path: Path) -> None:
     values = random(40, 6) * 1e-4
     with passing(tmp_path, [values], base=random(40, 6, seed=1) * 1e4) as tensor:
         block = tensor.deltas.blocks[1]
-        found = tensor.view(block, Scratch()).sources.clone()
+        found = tensor.view(block, Scratch(tensor.kernels.memory)).sources.clone()
     assert torch.equal(found[0], values.reshape(-1)[block.start : block.stop])

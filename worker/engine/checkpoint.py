@@ -96,11 +96,12 @@ def write_file(sink: Sink, filename: str, content: bytes) -> StoredFile:
 class Buffers:
     """A fixed number of buffers that blocks' results wait in until they are written: the bound on looking ahead."""
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, memory: Callable[[int], torch.Tensor]) -> None:
+        """``memory``: the kernels'."""
         self.size = size
         self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
         for _ in range(count):
-            self._free.put(torch.empty(size, dtype=torch.uint8))
+            self._free.put(memory(size))
 
     def take(self) -> torch.Tensor:
         """uint8 (size,). Waits for the writer; it gives buffers back even after it failed, so this always ends."""

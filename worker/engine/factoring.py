@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +13,8 @@ from app.planning.low_rank import is_low_rank
 from app.planning.plan import Contribution, LoraFactors, Plan, TensorPlan
 from app.sources.source import TensorSpec
 from worker.engine.blocks import Block, cut
-from worker.engine.deltas import SAMPLE_GROUPS, Deltas, Scratch, TensorDeltas, not_finite
-from worker.engine.factors import all_finite
+from worker.engine.deltas import SAMPLE_GROUPS, Deltas, OpenSource, Scratch, TensorDeltas, not_finite
+from worker.engine.factors import Factors, all_finite
 from worker.engine.kernels.signature import BlockStatistics, Rule
 from worker.engine.low_rank import LowRank
 from worker.engine.meter import Meter
@@ -59,7 +59,7 @@ class Factoring:
                 self._dense[method.name] = Voting(self._plan, method, self._resources)
             return self._dense[method.name].work(tensor, meter)
         self._found[tensor.name] = factored.statistics
-        product = _Product(tensor, factored, self._resources.reader)
+        product = _product(tensor, factored, self._resources)
         merge = merging(self._plan, product, self._resources, trims=[None], weights=[1.0], rule=Rule())
         silent = len(tensor.contributions)
 
@@ -148,16 +148,17 @@ def _merge_matrices(
     values = torch.stack([matrix.flatten() for matrix in matrices]).float()
     if not all_finite(values):
         raise overflow(tensor)
-    held = replace(resources, deltas=_HeldDeltas(values, resources.reader))
+    held = replace(resources, deltas=_HeldDeltas(values, resources))
     passes = Passes(method=method, resources=held, sources=sources)
     deltas, trims = passes.open(core), passes.trims_of(core, meter.watch)
     weights, rule = method.weights(core), passes.rule(core)
     out, total = torch.empty(values.shape[1]), StatisticsSum(core)
+    scratch = Scratch(resources.kernels.memory)
     for block in cut(core.shape):
         place = slice(block.start, block.stop)
         base = torch.zeros(block.size)
         found = resources.kernels.merge(
-            base, deltas.of(block, Scratch()), trims_at(trims, block), weights, rule, out[place]
+            base, deltas.operands(block, scratch), trims_at(trims, block), weights, rule, out[place]
         )
         if not found.finite:
             raise overflow(tensor)
@@ -169,21 +170,18 @@ def _merge_matrices(
 class _HeldDeltas(Deltas):
     """Task vectors that lie in memory already."""
 
-    def __init__(self, values: torch.Tensor, reader: Reader) -> None:
-        super().__init__((), reader, budget=0)
-        self._values, self._reader = values, reader
+    def __init__(self, values: torch.Tensor, resources: Resources) -> None:
+        super().__init__((), resources.reader, resources.kernels, budget=0)
+        self._values, self._resources = values, resources
 
     def open(self, tensor: TensorPlan, prescale: Sequence[float]) -> TensorDeltas:
-        return _Held(tensor, self._values * torch.tensor(prescale)[:, None], self._reader)
+        return _Held(tensor, self._values * torch.tensor(prescale)[:, None], self._resources)
 
 
 class _Held(TensorDeltas):
-    def __init__(self, tensor: TensorPlan, values: torch.Tensor, reader: Reader) -> None:
-        super().__init__(tensor, (), (), reader, None)
+    def __init__(self, tensor: TensorPlan, values: torch.Tensor, resources: Resources) -> None:
+        super().__init__(tensor, [OpenSource(added=own) for own in values], resources.reader, resources.kernels)
         self._values = values
-
-    def of(self, block: Block, scratch: Scratch, wanted: Container[int] | None = None) -> torch.Tensor:  # noqa: ARG002
-        return self._values[:, block.start : block.stop]
 
     def sample(self, index: int, columns: int, scratch: Scratch) -> torch.Tensor:  # noqa: ARG002
         """Every so many-th value, shared out to the groups in turn."""
@@ -192,18 +190,10 @@ class _Held(TensorDeltas):
         return taken[: len(taken) // SAMPLE_GROUPS * SAMPLE_GROUPS].reshape(-1, SAMPLE_GROUPS).T.contiguous()
 
 
-class _Product(TensorDeltas):
-    """The merged ΔW as the only task vector of its tensor, formed block by block as those of adapters are."""
-
-    def __init__(self, tensor: TensorPlan, factored: Factored, reader: Reader) -> None:
-        super().__init__(tensor, (), (), reader, None)
-        left, right = factored.matrix.left, factored.matrix.right
-        if factored.transposed:
-            left, right = right.T, left.T
-        self._left, self._right = left.float().contiguous(), right.float().contiguous()
-
-    def of(self, block: Block, scratch: Scratch, wanted: Container[int] | None = None) -> torch.Tensor:  # noqa: ARG002
-        width = self._right.shape[1]
-        product = scratch.floats("deltas", block.size).view(-1, width)
-        torch.matmul(self._left[block.start // width : block.stop // width], self._right, out=product)
-        return product.view(1, -1)
+def _product(tensor: TensorPlan, factored: Factored, resources: Resources) -> TensorDeltas:
+    """The merged ΔW as the only task vector of its tensor."""
+    left, right = factored.matrix.left, factored.matrix.right
+    if factored.transposed:
+        left, right = right.T, left.T
+    factors = Factors(left=left.float()[None], right=right.float()[None], scale=1.0)
+    return TensorDeltas(tensor, [OpenSource(lora=factors)], resources.reader, resources.kernels)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -55,14 +56,32 @@ class Factors:
     def rank(self) -> int:
         return self.left.shape[2]
 
+    def placed(self, place: Callable[[torch.Tensor], torch.Tensor]) -> Factors:
+        """The same with both factors where ``place`` puts them, the last axis of each contiguous."""
+        return replace(self, left=place(self.left.contiguous()), right=place(self.right.contiguous()))
+
+    def rectangle(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Left (rows, r) and right (r, columns) whose product is all of the flat values ``start`` to ``stop``.
+
+        None where they are of several matrices, or of none.
+        """
+        found = list(islice(self.rectangles(start, stop), 2))
+        if len(found) != 1 or found[0][2].stop != stop - start:
+            return None
+        return found[0][:2]
+
+    def rectangles(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
+        """Left and right of each part of the range, and where its values lie in it."""
+        for piece in self._pieces(start, stop):
+            left, right = self.left[piece.matrix, piece.rows], self.right[piece.matrix, :, piece.columns]
+            yield left, right, piece.place
+
     def add_product(self, start: int, stop: int, values: torch.Tensor, *, keep: bool) -> None:
         """Add ΔW's low-rank product over the flat values ``start`` to ``stop`` to ``values`` (or overwrite them)."""
         if not keep:
             values[max(0, self._size - start) :].zero_()  # rows of a vocabulary that grew after the adapter was trained
-        for piece in self._pieces(start, stop):
-            left = self.left[piece.matrix, piece.rows]
-            right = self.right[piece.matrix, :, piece.columns]
-            part = values[piece.place].view(left.shape[0], right.shape[1])
+        for left, right, place in self.rectangles(start, stop):
+            part = values[place].view(left.shape[0], right.shape[1])
             # beta 0 ignores what the memory held, NaN included
             part.addmm_(left, right, beta=1.0 if keep else 0.0, alpha=self.scale)
 

@@ -51,8 +51,8 @@ class Stream:
         delta_budget: int,
     ) -> None:
         self._plan, self._sink, self._crew, self._reader = plan, sink, crew, reader
-        self._scratches = ScratchPool()
-        deltas = Deltas([source.reference for source in plan.sources], reader, delta_budget)
+        self._scratches = ScratchPool(kernels.memory)
+        deltas = Deltas([source.reference for source in plan.sources], reader, kernels, delta_budget)
         self._resources = resources = Resources(
             kernels=kernels, crew=crew, reader=reader, scratches=self._scratches, deltas=deltas
         )
@@ -82,7 +82,8 @@ class Stream:
         adopted_bytes = sum(map(tensor_bytes, self._plan.tensors))
         adopted_bytes -= sum(tensor_bytes(tensor) for shard in shards for tensor in shard.tensors)
         self._meter.advance(adopted_bytes)
-        buffers = Buffers(self._crew.ahead + _SPARE_BUFFERS, max(_largest_block(shards), _LEAST_BUFFER))
+        size = max(_largest_block(shards), _LEAST_BUFFER)
+        buffers = Buffers(self._crew.ahead + _SPARE_BUFFERS, size, self._resources.kernels.memory)
         with ShardWriter(self._sink, buffers) as writer:
             for shard in shards:
                 found = self._write_shard(shard, buffers, writer)

@@ -15,15 +15,13 @@ from app.artifacts.manifest import TensorStatistics
 from app.errors import MergeyardError
 from app.planning.plan import Plan, TensorPlan
 from worker.engine.blocks import Block
-from worker.engine.deltas import Scratch, TensorDeltas, not_finite
+from worker.engine.deltas import KERNEL_DTYPES, Scratch, TensorDeltas, not_finite
 from worker.engine.factors import all_finite
 from worker.engine.kernels.signature import KEEP_ALL, BlockStatistics, Rule
 from worker.engine.methods import Blend, Blended, Mask
 from worker.engine.reader import Reader, dtype_of
 from worker.engine.trimming import TensorTrims, trims_at
 from worker.engine.views import BlockView, Resources, TensorPass
-
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 BlockWork = Callable[[Block, torch.Tensor, Scratch], BlockStatistics | None]  # fills the buffer's first bytes
 
@@ -79,8 +77,8 @@ def merging(
     dtype = dtype_of(tensor.dtype, tensor.name)
 
     def merge(block: Block, buffer: torch.Tensor, scratch: Scratch) -> BlockStatistics:
-        values = deltas.of(block, scratch)
-        base = _stored_base(tensor, block, reader, scratch)
+        base = deltas.stored_base(block, scratch)
+        values = deltas.operands(block, scratch, base=base)
         with _result(block, buffer, dtype, scratch) as result:
             found = resources.kernels.merge(base, values, trims_at(trims, block), weights, rule, result)
         return _checked(plan, tensor, block, reader, found)
@@ -99,9 +97,9 @@ def masking(plan: Plan, passing: TensorPass, mask: Mask, *, weights: Sequence[fl
         factors = mask(view)
         values = scratch.floats("masked", factors.numel()).view(factors.shape)
         torch.mul(view.deltas, factors, out=values)
-        base = _stored_base(tensor, block, reader, scratch)
+        base = passing.deltas.stored_base(block, scratch)
         with _result(block, buffer, dtype, scratch) as result:
-            found = passing.kernels.merge(base, values, everything, weights, rule, result)
+            found = passing.kernels.merge(base, list(values), everything, weights, rule, result)
         kept = tuple(factors.count_nonzero(1).tolist())
         return _checked(plan, tensor, block, reader, replace(found, kept=kept, squares=_squares(view.deltas)))
 
@@ -150,21 +148,11 @@ def _check_floating(tensor: TensorPlan) -> None:
         )
 
 
-def _stored_base(tensor: TensorPlan, block: Block, reader: Reader, scratch: Scratch) -> torch.Tensor:
-    """The base as the kernels take it: as it is stored, or in float32."""
-    raw = scratch.bytes("raw", block.size * 8)
-    if dtype_of(tensor.base.dtype, tensor.name) in _KERNEL_DTYPES:
-        return reader.native(tensor.base, block.start, block.stop, raw)
-    base = scratch.floats("base", block.size)
-    reader.float32(tensor.base, block.start, block.stop, base, raw)
-    return base
-
-
 @contextlib.contextmanager
 def _result(block: Block, buffer: torch.Tensor, dtype: torch.dtype, scratch: Scratch) -> Iterator[torch.Tensor]:
     """Where the kernels write: the buffer itself, or float32 that is cast into it afterwards."""
     out = buffer[: block.size * dtype.itemsize].view(dtype)
-    result = out if dtype in _KERNEL_DTYPES else scratch.floats("result", block.size)
+    result = out if dtype in KERNEL_DTYPES else scratch.floats("result", block.size)
     yield result
     if result is not out:
         out.copy_(result)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, TypeVar
 
@@ -25,6 +25,7 @@ from worker.engine.kernels.signature import (
     FINE_BINS,
     KEEP_ALL,
     KEEP_NONE,
+    Delta,
     Rule,
     Trim,
 )
@@ -94,26 +95,26 @@ class Passes:
     def sweep(
         self,
         scope: Sequence[TensorPlan],
-        work: Callable[[TensorPlan, Block, torch.Tensor], Result],
+        work: Callable[[TensorPlan, Block, Sequence[Delta]], Result],
         pulse: Pulse,
-        wanted: Callable[[TensorPlan], Container[int]] | None = None,
+        wanted: Callable[[TensorPlan], Iterable[int]] | None = None,
     ) -> Iterator[tuple[TensorPlan, Block, Result]]:
-        """``work`` on the Δ (N, n) of every block of every tensor, side by side; results in order.
+        """``work`` on the Δ of every block of every tensor, side by side; results in order.
 
-        ``wanted`` says which contributions of a tensor are needed; without it all are.
+        ``wanted`` says which contributions of a tensor are given, in which order; without it all are.
         """
         for tensor in scope:
             opened = self.open(tensor)
-            rows = None if wanted is None else wanted(tensor)
+            chosen = None if wanted is None else list(wanted(tensor))
 
             def of_block(
                 block: Block,
                 tensor: TensorPlan = tensor,
                 opened: TensorDeltas = opened,
-                rows: Container[int] | None = rows,
+                chosen: Sequence[int] | None = chosen,
             ) -> tuple[Block, Result]:
                 with self.resources.scratches.borrow() as scratch:
-                    return block, work(tensor, block, opened.of(block, scratch, rows))
+                    return block, work(tensor, block, opened.operands(block, scratch, chosen))
 
             for block, result in self.resources.crew.in_order(of_block, opened.blocks):
                 pulse(tensor, block)
@@ -148,7 +149,7 @@ class Passes:
         """The sum of the elected signs of a tensor: its part in the model's majority sign."""
         weights, rule = self.method.weights(tensor), self.rule(tensor)
 
-        def elect(_tensor: TensorPlan, block: Block, deltas: torch.Tensor) -> int:
+        def elect(_tensor: TensorPlan, block: Block, deltas: Sequence[Delta]) -> int:
             return self.resources.kernels.elected_balance(deltas, trims_at(trims, block), weights, rule)
 
         return sum(balance for _, _, balance in self.sweep([tensor], elect, pulse))
@@ -185,14 +186,21 @@ class Passes:
         def bracketed(tensor: TensorPlan) -> dict[int, _Search]:
             return {index: search for index, search in _open_searches(tensor, searches) if search.slot in brackets}
 
-        def collect(tensor: TensorPlan, block: Block, deltas: torch.Tensor) -> list[tuple[int, int, Magnitudes]]:
-            room = torch.empty(block.size, dtype=torch.int32)
-            found = []
-            for index, search in bracketed(tensor).items():
-                low, high = brackets[search.slot]
-                above, inside = self.resources.kernels.collect(deltas[index], low, high, room)
-                found.append((search.slot, above, room.numpy()[:inside].copy()))
-            return found
+        def collect(tensor: TensorPlan, block: Block, deltas: Sequence[Delta]) -> list[tuple[int, int, Magnitudes]]:
+            slots = [search.slot for search in bracketed(tensor).values()]
+            if not slots:
+                return []
+            own = [brackets[slot] for slot in slots]
+            room = torch.empty(len(slots), min(block.size, max(SMALL, block.size // 4)), dtype=torch.int32)
+            counts = self.resources.kernels.collect(deltas, own, room)
+            most = max(inside for _, inside in counts)
+            if most > room.shape[1]:
+                room = torch.empty(len(slots), most, dtype=torch.int32)
+                counts = self.resources.kernels.collect(deltas, own, room)
+            return [
+                (slot, above, row[:inside].copy())
+                for slot, (above, inside), row in zip(slots, counts, room.numpy(), strict=True)
+            ]
 
         for tensor, _, found in self.sweep(scope, collect, pulse, bracketed):
             for slot, above, inside in found:
@@ -255,11 +263,11 @@ class Passes:
         def sought(tensor: TensorPlan) -> dict[int, _Search]:
             return {index: search for index, search in _open_searches(tensor, searches) if search.sought}
 
-        def count(tensor: TensorPlan, _block: Block, deltas: torch.Tensor) -> None:
+        def count(tensor: TensorPlan, _block: Block, deltas: Sequence[Delta]) -> None:
             with counts.borrow() as held:
-                for index, search in sought(tensor).items():
+                for delta, search in zip(deltas, sought(tensor).values(), strict=True):
                     prefix = None if bins == COARSE_BINS else search.prefix
-                    self.resources.kernels.histogram(deltas[index], held[search.slot], prefix)
+                    self.resources.kernels.histogram(delta, held[search.slot], prefix)
 
         for _ in self.sweep(scope, count, pulse, sought):
             pass
@@ -271,10 +279,10 @@ class Passes:
         def dividing(tensor: TensorPlan) -> dict[int, _Search]:
             return {index: search for index, search in _open_searches(tensor, searches) if search.slot in left}
 
-        def count(tensor: TensorPlan, _block: Block, deltas: torch.Tensor) -> list[tuple[_Search, int]]:
+        def count(tensor: TensorPlan, _block: Block, deltas: Sequence[Delta]) -> list[tuple[_Search, int]]:
             return [
-                (search, self.resources.kernels.count_equal(deltas[index], search.threshold))
-                for index, search in dividing(tensor).items()
+                (search, self.resources.kernels.count_equal(delta, search.threshold))
+                for delta, search in zip(deltas, dividing(tensor).values(), strict=True)
             ]
 
         for tensor, _, found in self.sweep(scope, count, pulse, dividing):
@@ -287,7 +295,7 @@ class Passes:
         before = dict.fromkeys(searches, 0.0)
         after = dict.fromkeys(searches, 0.0)
 
-        def norms(tensor: TensorPlan, block: Block, deltas: torch.Tensor) -> list[tuple[int, float, float]]:
+        def norms(tensor: TensorPlan, block: Block, deltas: Sequence[Delta]) -> list[tuple[int, float, float]]:
             found = []
             for index, search in _open_searches(tensor, searches):
                 trim = search.trim(tensor, rescale=False)

@@ -18,7 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from worker.engine.kernels.signature import KEEP_NONE, LANES, SMALLEST_DIVISOR, BlockStatistics, Elect, Rule, Trim
+from worker.engine.kernels.signature import (
+    KEEP_NONE,
+    SMALLEST_DIVISOR,
+    BlockStatistics,
+    Delta,
+    Difference,
+    Elect,
+    Product,
+    Rule,
+    Trim,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +38,9 @@ Halves = npt.NDArray[np.uint16]  # bfloat16 bits
 Words = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
+# Float64 sums: value i goes to lane i % LANES in flat order, then lanes add up in order. This many stay in the
+# first-level cache beside the values, and are enough not to wait for each other.
+LANES = 128
 # What a tile needs stays in the first-level cache. A whole number of LANES.
 TILE = 1024
 MAGNITUDE = np.int32(0x7FFF_FFFF)
@@ -59,33 +72,51 @@ class CpuKernels:
 
     name = "cpu"
 
-    def histogram(self, delta: torch.Tensor, counts: torch.Tensor, prefix: int | None) -> None:
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def memory(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def form(self, delta: Delta, out: torch.Tensor) -> None:
+        _form(delta, out)
+
+    def histogram(self, delta: Delta, counts: torch.Tensor, prefix: int | None) -> None:
+        values = _formed([delta])[0].numpy()
         if prefix is None:
-            _coarse_histogram(delta.numpy(), counts.numpy())
+            _coarse_histogram(values, counts.numpy())
         else:
-            _fine_histogram(delta.numpy(), counts.numpy(), prefix)
+            _fine_histogram(values, counts.numpy(), prefix)
 
-    def collect(self, delta: torch.Tensor, low: int, high: int, found: torch.Tensor) -> tuple[int, int]:
-        above, inside = _collect(delta.numpy(), low, high, found.numpy())
-        return int(above), int(inside)
+    def collect(
+        self, deltas: Sequence[Delta], brackets: Sequence[tuple[int, int]], found: torch.Tensor
+    ) -> list[tuple[int, int]]:
+        counts = []
+        for values, (low, high), row in zip(_formed(deltas), brackets, found, strict=True):
+            above, inside = _collect(values.numpy(), low, high, row.numpy())
+            counts.append((int(above), int(inside)))
+        return counts
 
-    def count_equal(self, delta: torch.Tensor, threshold: int) -> int:
-        return int(_count_equal(delta.numpy(), threshold))
+    def count_equal(self, delta: Delta, threshold: int) -> int:
+        return int(_count_equal(_formed([delta])[0].numpy(), threshold))
 
-    def kept_l1(self, delta: torch.Tensor, trim: Trim) -> float:
-        values = delta.numpy()
+    def kept_l1(self, delta: Delta, trim: Trim) -> float:
+        values = _formed([delta])[0].numpy()
         return float(_kept_l1(values, trim.threshold, _cut(values, trim.threshold, trim.equals)))
 
-    def elected_balance(self, deltas: torch.Tensor, trims: Sequence[Trim], weights: Sequence[float], rule: Rule) -> int:
-        rows, stride = _rows(deltas)
+    def elected_balance(
+        self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float], rule: Rule
+    ) -> int:
+        formed = _formed(deltas)
+        rows, stride = _rows(formed)
         before, _ = _factors(weights, rule)
         return int(
             _elected_balance(
                 rows,
                 stride,
-                deltas.shape[0],
-                deltas.shape[1],
-                *_trim_arrays(deltas, trims),
+                formed.shape[0],
+                formed.shape[1],
+                *_trim_arrays(formed, trims),
                 before,
                 COUNT if rule.elect == "none" else ELECTIONS[rule.elect],
                 rule.sources,
@@ -96,13 +127,14 @@ class CpuKernels:
     def merge(
         self,
         base: torch.Tensor,
-        deltas: torch.Tensor,
+        deltas: Sequence[Delta],
         trims: Sequence[Trim],
         weights: Sequence[float],
         rule: Rule,
         out: torch.Tensor,
     ) -> BlockStatistics:
-        rows, stride = _rows(deltas)
+        formed = _formed(deltas)
+        rows, stride = _rows(formed)
         before, after = _factors(weights, rule)
         divisor, shares = _divisor(weights, rule)
         base_floats, base_halves = _arrays(base.float() if base.dtype == torch.float16 else base)
@@ -115,8 +147,8 @@ class CpuKernels:
             base_halves,
             rows,
             stride,
-            deltas.shape[1],
-            *_trim_arrays(deltas, trims),
+            formed.shape[1],
+            *_trim_arrays(formed, trims),
             before,
             after,
             ELECTIONS[rule.elect],
@@ -143,6 +175,36 @@ class CpuKernels:
             merged_square=float(merged_square),
             finite=bool(finite),
         )
+
+
+def _formed(deltas: Sequence[Delta]) -> torch.Tensor:
+    """float32 (N, n)."""
+    if len(deltas) == 1 and isinstance(deltas[0], torch.Tensor):
+        return deltas[0][None]
+    formed = torch.empty(len(deltas), _size(deltas[0]))
+    for delta, row in zip(deltas, formed, strict=True):
+        _form(delta, row)
+    return formed
+
+
+def _size(delta: Delta) -> int:
+    match delta:
+        case Product(left, right):
+            return left.shape[0] * right.shape[1]
+        case Difference(own):
+            return len(own)
+        case values:
+            return len(values)
+
+
+def _form(delta: Delta, out: torch.Tensor) -> None:
+    match delta:
+        case Product(left, right, scale):
+            _form_product(left.numpy(), right.numpy(), np.float32(scale), out.numpy())
+        case Difference(own, base, scale):
+            torch.sub(own.float(), base.float(), out=out).mul_(torch.tensor(scale, dtype=torch.float32))
+        case values:
+            out.copy_(values)
 
 
 def _rows(deltas: torch.Tensor) -> tuple[Floats, int]:
@@ -214,6 +276,22 @@ def _inlined(function: Callable[P, R]) -> Callable[P, R]:
     """Part of the loop that calls it."""
     inlined: Callable[P, R] = numba.njit(inline="always", error_model="numpy")(function)
     return inlined
+
+
+@_compiled
+def _form_product(left: Floats, right: Floats, scale: np.float32, out: Floats) -> None:
+    rank, columns = right.shape
+    for row in range(len(left)):
+        values = out[row * columns : (row + 1) * columns]
+        factor = left[row, 0]
+        for j in range(columns):
+            values[j] = factor * right[0, j]
+        for k in range(1, rank):
+            factor = left[row, k]
+            for j in range(columns):
+                values[j] += factor * right[k, j]
+        for j in range(columns):
+            values[j] *= scale
 
 
 @_compiled

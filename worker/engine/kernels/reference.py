@@ -9,9 +9,11 @@ import torch
 from worker.engine.kernels.signature import (
     COARSE_BINS,
     FINE_BINS,
-    LANES,
     SMALLEST_DIVISOR,
     BlockStatistics,
+    Delta,
+    Difference,
+    Product,
     Rule,
     Trim,
 )
@@ -22,40 +24,58 @@ class ReferenceKernels:
 
     name = "reference"
 
-    def histogram(self, delta: torch.Tensor, counts: torch.Tensor, prefix: int | None) -> None:
-        bits = magnitudes(delta)
+    def place(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def memory(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def form(self, delta: Delta, out: torch.Tensor) -> None:
+        out.copy_(_formed(delta))
+
+    def histogram(self, delta: Delta, counts: torch.Tensor, prefix: int | None) -> None:
+        bits = magnitudes(_formed(delta))
         coarse = bits >> 16
         if prefix is None:
             counts += torch.bincount(coarse, minlength=COARSE_BINS)
         else:
             counts += torch.bincount(bits[coarse == prefix] & 0xFFFF, minlength=FINE_BINS)
 
-    def collect(self, delta: torch.Tensor, low: int, high: int, found: torch.Tensor) -> tuple[int, int]:
-        bits = magnitudes(delta)
-        inside = bits[(bits >= low) & (bits <= high)]
-        found[: len(inside)] = inside
-        return int((bits > high).sum()), len(inside)
+    def collect(
+        self, deltas: Sequence[Delta], brackets: Sequence[tuple[int, int]], found: torch.Tensor
+    ) -> list[tuple[int, int]]:
+        counts = []
+        for delta, (low, high), row in zip(deltas, brackets, found, strict=True):
+            bits = magnitudes(_formed(delta))
+            inside = bits[(bits >= low) & (bits <= high)]
+            row[: len(inside)] = inside[: len(row)]
+            counts.append((int((bits > high).sum()), len(inside)))
+        return counts
 
-    def count_equal(self, delta: torch.Tensor, threshold: int) -> int:
-        return int((magnitudes(delta) == threshold).sum())
+    def count_equal(self, delta: Delta, threshold: int) -> int:
+        return int((magnitudes(_formed(delta)) == threshold).sum())
 
-    def kept_l1(self, delta: torch.Tensor, trim: Trim) -> float:
-        return _float64_sum(torch.where(survivors(delta, trim), delta.abs(), 0.0).double())
+    def kept_l1(self, delta: Delta, trim: Trim) -> float:
+        values = _formed(delta)
+        return float(torch.where(survivors(values, trim), values.abs(), 0.0).double().sum())
 
-    def elected_balance(self, deltas: torch.Tensor, trims: Sequence[Trim], weights: Sequence[float], rule: Rule) -> int:
-        kept = [_kept_values(delta, trim) for delta, trim in zip(deltas, trims, strict=True)]
+    def elected_balance(
+        self, deltas: Sequence[Delta], trims: Sequence[Trim], weights: Sequence[float], rule: Rule
+    ) -> int:
+        kept = [_kept_values(_formed(delta), trim) for delta, trim in zip(deltas, trims, strict=True)]
         return int(_elected(_votes(kept, weights, rule), rule, even=0).sum(dtype=torch.int64))
 
     def merge(
         self,
         base: torch.Tensor,
-        deltas: torch.Tensor,
+        deltas: Sequence[Delta],
         trims: Sequence[Trim],
         weights: Sequence[float],
         rule: Rule,
         out: torch.Tensor,
     ) -> BlockStatistics:
-        kept = [_kept_values(delta, trim) for delta, trim in zip(deltas, trims, strict=True)]
+        formed = [_formed(delta) for delta in deltas]
+        kept = [_kept_values(delta, trim) for delta, trim in zip(formed, trims, strict=True)]
         weighted = [_float32(weight) * values for weight, values in zip(weights, kept, strict=True)]
         votes = _votes(kept, weights, rule)
         if rule.elect == "none":
@@ -64,7 +84,7 @@ class ReferenceKernels:
             elected = _elected(votes, rule, even=rule.zero_sign)
             agreeing = [vote * elected > 0 for vote in votes]
 
-        total = torch.zeros_like(deltas[0])
+        total = torch.zeros_like(formed[0])
         for agrees, values in zip(agreeing, weighted, strict=True):
             total = total + torch.where(agrees, values, 0.0)
         merged = total / _divisor(agreeing, weights, rule)
@@ -76,11 +96,11 @@ class ReferenceKernels:
         positive = torch.stack([values > 0 for values in weighted]).any(0)
         negative = torch.stack([values < 0 for values in weighted]).any(0)
         return BlockStatistics(
-            kept=tuple(int(survivors(d, trim).sum()) for d, trim in zip(deltas, trims, strict=True)),
-            squares=tuple(_float64_sum(delta.double().square()) for delta in deltas),
+            kept=tuple(int(survivors(d, trim).sum()) for d, trim in zip(formed, trims, strict=True)),
+            squares=tuple(float(delta.double().square().sum()) for delta in formed),
             active=int(torch.stack([values != 0 for values in kept]).any(0).sum()),
             conflicts=int((positive & negative).sum()),
-            merged_square=_float64_sum((result - start).double().square()),
+            merged_square=float((result - start).double().square().sum()),
             finite=bool(out.isfinite().all()),
         )
 
@@ -88,6 +108,20 @@ class ReferenceKernels:
 def magnitudes(delta: torch.Tensor) -> torch.Tensor:
     """|δ| as its 31 bits, int32: the order of the values, denormals and infinity included."""
     return delta.view(torch.int32) & 0x7FFF_FFFF
+
+
+def _formed(delta: Delta) -> torch.Tensor:
+    """δ, float32 (n,)."""
+    match delta:
+        case Product(left, right, scale):
+            total = left[:, 0, None] * right[0]
+            for rank in range(1, len(right)):
+                total = total + left[:, rank, None] * right[rank]
+            return (_float32(scale) * total).flatten()
+        case Difference(own, base, scale):
+            return _float32(scale) * (own.float() - base.float())
+        case values:
+            return values
 
 
 def survivors(delta: torch.Tensor, trim: Trim) -> torch.Tensor:
@@ -145,12 +179,3 @@ def _divisor(agreeing: Sequence[torch.Tensor], weights: Sequence[float], rule: R
 def _float32(value: float) -> torch.Tensor:
     """A scalar in the precision of the arithmetic, so that no product is formed in float64."""
     return torch.tensor(value, dtype=torch.float32)
-
-
-def _float64_sum(values: torch.Tensor) -> float:
-    """The sum in the order ``signature.LANES`` fixes. (cumsum adds in sequence, where sum may reorder.)"""
-    missing = -len(values) % LANES
-    lanes = torch.nn.functional.pad(values, (0, missing)).view(-1, LANES)
-    if not len(lanes):
-        return 0.0
-    return float(lanes.cumsum(0)[-1].cumsum(0)[-1])
