@@ -100,7 +100,7 @@ class _Tables:
         if spec.file in resolved.base.files:
             return self.vocabulary.base
         for source in resolved.sources:
-            if source.model and not source.adapter and spec.file in source.model.source.files:
+            if source.model and not source.adapter and spec.file in source.model.files:
                 return reference_of(source)
         message = f"{slot.name} starts from a model that is only a slice's base; list it as a source of the slice too."
         raise MergeyardError("not_supported", message, where="tokenizer")

@@ -196,8 +196,8 @@ class _Stack:
         before = len(self._problems)
         models = {span.where: (span.base, span.first)}
         for use in span.uses:
-            if (match := self._resolved.sources[use.source].model) is not None:
-                models[use.where] = (match.source, use.first)
+            if (model := self._resolved.sources[use.source].model) is not None:
+                models[use.where] = (model, use.first)
         base = self._resolved.base
         for where, (model, start) in models.items():
             layers = stacks_of(model.tensors).get(stack)
@@ -236,10 +236,10 @@ class _Stack:
         self, span: Span, spec: StoredTensor, position: Position, uses: Sequence[tuple[Use, str]], levels: Levels
     ) -> Slot:
         for use, name in uses:
-            match = self._resolved.sources[use.source].model
-            own = match.tensors.get(name) if match else spec
+            model = self._resolved.sources[use.source].model
+            own = model.tensors.get(name) if model else spec
             if own is None:
-                message = f"{match.source.reference if match else ''} lacks {name}, which this slice needs."
+                message = f"{model.reference if model else ''} lacks {name}, which this slice needs."
                 self._add("model_mismatch", message, use.where)
             elif not self._alike(name, own, spec):
                 message = (
@@ -280,12 +280,28 @@ class _Stack:
                 )
                 self._add("model_mismatch", message, slot.where)
         missing = [name for name in shapes if name in self._resolved.base.tensors and self._owns(name)]
+        if not any(problem.code == "model_mismatch" for problem in self._problems):
+            self._check_nothing_lost(missing, slots, "take the first and the last slice from models that have it")
+            self._check_nothing_lost(self._of_first_layer(stack), slots, "begin with the first layer of a model")
+
+    def _of_first_layer(self, stack: str) -> list[str]:
+        """What the first layer has for all, as T5's has the bias of positions: all that the others have, and more."""
+        layers = _by_layer(self._resolved.base, stack)
+        rests = {
+            layer: {place.rest for name in own if (place := layer_name(name)) is not None}
+            for layer, own in layers.items()
+        }
+        first = rests.pop(0, set())
+        others = set().union(*rests.values())
+        return [f"{stack}.0.{rest}" for rest in sorted(first - others)] if others and others < first else []
+
+    def _check_nothing_lost(self, names: Sequence[str], slots: Sequence[Slot], advice: str) -> None:
         have = {slot.name for slot in slots}
-        lost = [name for name in missing if name not in have]
-        if lost and not any(problem.code == "model_mismatch" for problem in self._problems):
+        lost = [name for name in names if name not in have]
+        if lost:
             message = (
-                f"The result would lack {lost[0]}, which {self._resolved.base.reference} has; take the first and the "
-                "last slice from models that have it, or name another base_model."
+                f"The result would lack {lost[0]}, which {self._resolved.base.reference} has; {advice}, or name "
+                "another base_model."
             )
             self._add("model_mismatch", message, self._part.spans[-1].where)
 

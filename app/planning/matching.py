@@ -24,14 +24,6 @@ WITH_HEADS = ("ForCausalLM", "LMHead", "ForMaskedLM", "ForConditionalGeneration"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelMatch:
-    """A full model's tensors under the base's names."""
-
-    source: ModelSource
-    tensors: Mapping[str, TensorSpec]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterMatch:
     """What an adapter changes, under the base's names: ΔW of factors, tensors it replaces, and what it adds.
 
@@ -44,7 +36,7 @@ class AdapterMatch:
     added: Mapping[str, ScaledTensor]
 
 
-def match_model(model: ModelSource, base: ModelSource, *, aligned: bool = False) -> ModelMatch:
+def check_model(model: ModelSource, base: ModelSource, *, aligned: bool = False) -> None:
     """Raises MergeyardError `model_mismatch` with every tensor that is missing, left over, or of another shape.
 
     ``aligned``: the recipe says what becomes of the vocabulary, so it may have another size.
@@ -81,7 +73,6 @@ def match_model(model: ModelSource, base: ModelSource, *, aligned: bool = False)
             problems.append(Problem(code="model_mismatch", message=message))
     if problems:
         raise MergeyardError.of(problems[:SHOWN])
-    return ModelMatch(source=model, tensors=model.tensors)
 
 
 def match_adapter(adapter: AdapterSource, base: ModelSource, on: Mapping[str, TensorSpec]) -> AdapterMatch:

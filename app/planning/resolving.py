@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from app.errors import MergeyardError, Problem
-from app.planning.matching import AdapterMatch, ModelMatch, match_adapter, match_model
+from app.planning.matching import AdapterMatch, check_model, match_adapter
 from app.planning.modules import Modules, modules_of
 from app.planning.plan import PlannedSource
 from app.recipe import Recipe, SourceEntry
@@ -25,7 +25,7 @@ class ResolvedSource:
     """A source of the recipe: a full model, an adapter, or (``X+adapter``) both; neither: the base itself."""
 
     where: str
-    model: ModelMatch | None
+    model: ModelSource | None
     adapter: AdapterMatch | None
     canonical: Mapping[str, str]  # {"model": …} or {"adapter": …}
 
@@ -83,7 +83,7 @@ class Resolved:
     def planned(self) -> tuple[PlannedSource, ...]:
         """The sources as the plan records them, and after them the bases that slices have of their own."""
         sources = [_planned(source, self.base) for source in self.sources]
-        known = {self.base.reference, *(source.model.source.reference for source in self.sources if source.model)}
+        known = {self.base.reference, *(source.model.reference for source in self.sources if source.model)}
         bases = {span.base.reference: span.base for part in self.parts for span in part.spans}
         own = [
             PlannedSource(reference=reference, role="base", files=model.files)
@@ -270,7 +270,7 @@ class _Resolving:
             lambda source, entry: (
                 counted
                 or source.adapter is not None
-                or (source.model and source.model.source.reference, _first_layer(entry)) != (own.reference, first)
+                or (source.model and source.model.reference, _first_layer(entry)) != (own.reference, first)
             ),
         )
         start, stop = item.sources[0].layer_range
@@ -294,9 +294,9 @@ class _Resolving:
         A named base gives the layers that its own entry among the sources names, or, without such an entry, those that
         all sources name. Where there is none, or the method knows none, a source takes its place.
         """
-        plain = [(source.model.source, entry) for source, entry in found if source.model and not source.adapter]
+        plain = [(source.model, entry) for source, entry in found if source.model and not source.adapter]
         if named is None or self._spec.base == "ignored":
-            models = [(source.model.source, _first_layer(entry)) for source, entry in found if source.model]
+            models = [(source.model, _first_layer(entry)) for source, entry in found if source.model]
             if self._spec.symmetric:  # as _among chooses
                 first_layers = [(model, _first_layer(entry)) for model, entry in plain]
                 return min(first_layers or models, key=lambda pair: (pair[0].reference, pair[1]))
@@ -347,13 +347,14 @@ class _Resolving:
         """A source of whole models: what it changes of the base."""
         model_text, adapter_text = split_adapter(entry.model) if entry.model else (None, entry.adapter)
         aligned = self._recipe.vocabulary is not None
-        model: ModelMatch | None = None
+        model: ModelSource | None = None
         canonical: dict[str, str] = {}
         if model_text is not None:
             reference = self._resolver.canonical(model_text)
             canonical["model"] = reference
             if reference != base.reference:
-                model = match_model(_only(self._model(model_text), owns), _only(base, owns), aligned=aligned)
+                model = self._model(model_text)
+                check_model(_only(model, owns), _only(base, owns), aligned=aligned)
         adapter: AdapterMatch | None = None
         if adapter_text is not None:
             tensors = model.tensors if model else base.tensors
@@ -383,8 +384,7 @@ class _Resolving:
                 canonical = f"{model.reference}+{adapter.source.reference}"
         except MergeyardError as error:
             raise MergeyardError.of(placed(error, f"{where}.{'adapter' if entry.adapter else 'model'}")) from None
-        matched = ModelMatch(source=model, tensors=model.tensors)
-        return ResolvedSource(where=where, model=matched, adapter=adapter, canonical={"model": canonical})
+        return ResolvedSource(where=where, model=model, adapter=adapter, canonical={"model": canonical})
 
 
 def _first_layer(entry: SourceEntry) -> int:
@@ -421,7 +421,7 @@ def placed(error: MergeyardError, where: str) -> list[Problem]:
 def _planned(source: ResolvedSource, base: ModelSource) -> PlannedSource:
     files: tuple[SourceFile, ...] = ()
     if source.model:
-        files += source.model.source.files
+        files += source.model.files
     if source.adapter:
         files += source.adapter.source.files
     reference = source.canonical.get("adapter") or source.canonical["model"]

@@ -120,7 +120,7 @@ def chat_template(wanted: str, resolved: Resolved) -> str | None:
     models: dict[str, ModelSource] = {resolved.base.reference: resolved.base}
     for source in resolved.sources:
         if source.model:
-            models[source.model.source.reference] = source.model.source
+            models[source.model.reference] = source.model
     found = [template for model in models.values() if (template := chat_template_of(model.companions, model.reference))]
     counted = Counter(template.strip() for template in found)
     return counted.most_common(1)[0][0] if counted else None  # insertion order decides between equals

@@ -91,9 +91,10 @@ def plan_vocabulary(recipe: Recipe, resolved: Resolved, resolver: Resolver) -> V
         raise MergeyardError("tokenizer_unsupported", message, where=place)
     problems: list[Problem] = []
     warnings: list[Problem] = []
-    holders = _holders(recipe, resolved, tensors, problems, warnings)
+    sources = _with_a_part(resolved, tensors)
+    holders = _holders(recipe, resolved.base, sources, tensors, problems, warnings)
     source, reference = _source(wanted.source, place, resolved, resolver, holders, problems)
-    names = _names(resolved)
+    names = _names(resolved.base, sources)
     settings = _settings(wanted, names, holders, resolver, problems)
     if problems or source is None:
         raise MergeyardError.of(problems)
@@ -128,7 +129,7 @@ def differing(resolved: Resolved) -> tuple[Problem, ...]:
     readings = _Readings([])  # what cannot be read is no problem of a merge that does not need it
     found = []
     for source in resolved.sources:
-        own = source.model.source if source.model else base
+        own = source.model or base
         if not tensors or _document(own) == _document(base):
             continue
         ours, theirs = (readings.of(model, source.where) for model in (base, own))
@@ -150,15 +151,23 @@ def _document(model: ModelSource) -> str | None:
     return next((file.header_sha256 for file in model.companions if file.name == TOKENIZER_JSON), None)
 
 
+def _with_a_part(resolved: Resolved, tensors: frozenset[str]) -> tuple[ResolvedSource, ...]:
+    """The sources of the modules that these tensors belong to: what another module is merged from has no vocabulary."""
+    modules = {None, *map(resolved.modules.of, tensors)}
+    spans = [span for part in resolved.parts if part.module in modules for span in part.spans]
+    taken = {use.source for span in spans for use in span.uses}
+    return tuple(source for index, source in enumerate(resolved.sources) if index in taken)
+
+
 def _holders(
     recipe: Recipe,
-    resolved: Resolved,
+    base: ModelSource,
+    sources: Iterable[ResolvedSource],
     tensors: frozenset[str],
     problems: list[Problem],
     warnings: list[Problem],
 ) -> dict[str, Holder]:
     """The base and every source; without the base (in no order) where its own tokenizer has a problem."""
-    base = resolved.base
     readings = _Readings(problems)
     where = "base_model" if recipe.base_model else "models"
     rows = _rows_of({name: base.tensors[name] for name in tensors}, base.reference, where, problems)
@@ -166,7 +175,7 @@ def _holders(
     if tokenizer is None:
         return {}
     holders = {base.reference: Holder(tokenizer=tokenizer, rows=rows)}
-    for source in resolved.sources:
+    for source in sources:
         key = reference_of(source)
         if key == base.reference:
             continue
@@ -187,9 +196,7 @@ def _holders(
             )
             problems.append(Problem(code="adapter_vocabulary", message=message, where=source.where))
         if source.model:
-            found = readings.of(
-                source.model.source, f"{source.where}.model", absent=tokenizer if count == rows else None
-            )
+            found = readings.of(source.model, f"{source.where}.model", absent=tokenizer if count == rows else None)
             if found is tokenizer:
                 message = f"{key} has no tokenizer files; its tokens are taken to be those of {base.reference}."
                 warnings.append(Problem(code="tokenizer_mismatch", message=message, where=source.where))
@@ -271,15 +278,14 @@ def _source(
     return found, reference
 
 
-def _names(resolved: Resolved) -> dict[str, str]:
+def _names(base: ModelSource, sources: Iterable[ResolvedSource]) -> dict[str, str]:
     """What a recipe may call the models it merges → their references here."""
-    base = resolved.base.reference
-    names = {base: base}
-    for source in resolved.sources:
+    names = {base.reference: base.reference}
+    for source in sources:
         key = reference_of(source)
         names[key] = key
         if "adapter" in source.canonical:
-            names[f"{base}+{key}"] = key
+            names[f"{base.reference}+{key}"] = key
     return names
 
 

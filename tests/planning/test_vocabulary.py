@@ -146,6 +146,24 @@ def test_a_source_s_damaged_tokenizer_is_named(root: Path) -> None:
     assert problems_of(root) == [("tokenizer_invalid", "models[1].model")]
 
 
+def test_what_another_module_is_merged_from_has_no_part_in_the_vocabulary(root: Path) -> None:
+    layers = ("language_model.layers.0.x.weight", "vision_tower.layers.0.x.weight")
+    for name, rows in (("seeing", 3), ("charts", 5)):
+        stored = {layer: torch.ones(4, 4) for layer in layers}
+        stored["language_model.embed_tokens.weight"] = torch.ones(rows, 4)
+        write_model(root / name, stored, tie_word_embeddings=False)
+        words = {"model": {"type": "BPE", "vocab": {chr(97 + row): row for row in range(rows)}, "merges": []}}
+        (root / name / "tokenizer.json").write_text(json.dumps(words))
+    changes: dict[str, Any] = {"base_model": "seeing", "merge_method": "task_arithmetic", "models": None}
+    changes["modules"] = {"vision_tower": {"models": [{"model": "charts"}]}}
+    plan = plan_of(root, **changes)
+    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+    assert shapes["language_model.embed_tokens.weight"] == (3, 4)
+    tokens = {"a": {"source": "charts"}}
+    found = problems_of(root, **changes, tokenizer={"source": "union", "tokens": tokens})
+    assert found == [("recipe_invalid", "tokenizer.tokens.a.source")]
+
+
 def test_a_slice_of_another_architecture_is_named(root: Path) -> None:
     write_model(root / "other", {"encoder.layers.0.x.weight": torch.zeros(16, 16)})
     slices = [{"base_model": "base", "sources": [{"model": "other", "layer_range": [0, 1]}]}]
