@@ -24,7 +24,8 @@ Parts = tuple[tuple[int, int], ...]  # (which of the models, its row); several: 
 def align(slots: Sequence[Slot], vocabulary: Vocabulary, resolved: Resolved) -> tuple[Slot, ...]:
     """The slots with every vocabulary tensor in the result's order.
 
-    Raises MergeyardError `not_supported` where a source adapts such a tensor by factors and its rows move.
+    Raises MergeyardError `adapter_vocabulary` where a source adapts such a tensor by factors and its rows move,
+    `token_not_found`, `not_supported` (a slice that starts from a model that is no source of it).
     """
     tables = _Tables(vocabulary)
     return tuple(tables.aligned(slot, resolved) if slot.name in vocabulary.tensors else slot for slot in slots)
@@ -54,7 +55,7 @@ class _Tables:
                     f"{keys[-1]} adapts {slot.name} by factors, whose rows cannot be put into another vocabulary; "
                     "merge the adapter into its model first, or leave the tokenizer keys out."
                 )
-                raise MergeyardError("not_supported", message, where=source.where)
+                raise MergeyardError("adapter_vocabulary", message, where=source.where)
         return replace(
             slot,
             dtype=slot.base.dtype,

@@ -60,11 +60,16 @@ def onto_eight_bits(root: Path) -> None:
     write_model(root / "base", tensors | {name: tensors[name].to(torch.int8)})
 
 
-def grown_twice(root: Path) -> None:
-    longer = {f"{EMBEDDING}.weight": (18, 8), f"{HEAD}.weight": (18, 8)}
-    _write(root, longer, modules_to_save=["embed_tokens", "lm_head"])
-    own = lora_tensors() | {key: torch.ones(shape) for key, shape in longer.items()}
-    write_adapter(root / "other", own, modules_to_save=["embed_tokens", "lm_head"])
+def grown_twice(rows: int) -> Callable[[Path], None]:
+    """To 18 rows, and to ``rows``."""
+
+    def write(root: Path) -> None:
+        modules = ["embed_tokens", "lm_head"]
+        _write(root, {f"{EMBEDDING}.weight": (18, 8), f"{HEAD}.weight": (18, 8)}, modules_to_save=modules)
+        own = {f"{module}.weight": torch.ones(rows, 8) for module in (EMBEDDING, HEAD)}
+        write_adapter(root / "other", lora_tensors() | own, modules_to_save=modules)
+
+    return write
 
 
 # By what it is: how it is written, the code, and part of what the sentence says to do.
@@ -180,7 +185,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "adapter_vocabulary",
         "save both with the adapter",
     ),
-    "two vocabularies that grew": (grown_twice, "adapter_vocabulary", "tokenizer_source: union"),
+    "two vocabularies that grew": (grown_twice(18), "adapter_vocabulary", "tokenizer_source: union"),
+    "two that grew to two sizes": (grown_twice(19), "adapter_vocabulary", "to different sizes; merge one of them"),
     "a token beyond the vocabulary": (
         holding({f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (1, 8)}, trainable_token_indices=[16]),
         "adapter_vocabulary",

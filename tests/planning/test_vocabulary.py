@@ -208,10 +208,26 @@ def test_factors_on_an_embedding_are_refused_where_its_rows_move(root: Path, let
     write_adapter(root / "sql", factors)
     changes = {"base_model": "tiny", "models": [{"adapter": "sql"}], "merge_method": "task_arithmetic"}
     if refused:
-        assert problems_of(root, **changes) == [("not_supported", "models[0]")]
+        assert problems_of(root, **changes) == [("adapter_vocabulary", "models[0]")]
+        with pytest.raises(MergeyardError, match="rows cannot be put into another vocabulary; merge the adapter into"):
+            plan_of(root, **changes)
     else:
         (tensor,) = (item for item in plan_of(root, **changes).tensors if item.contributions)
         assert tensor.contributions[0].lora is not None and tensor.shape == (16, 8)
+
+
+def test_a_vocabulary_that_an_adapter_grew_has_no_names_for_its_rows(root: Path) -> None:
+    """Beside tokenizer keys; without them its rows are the result's."""
+    tokens = len(tokenizer())
+    rows = {
+        f"base_model.model.{module}.weight": torch.ones(tokens + 2, 16) for module in ("model.embed_tokens", "lm_head")
+    }
+    write_adapter(root / "grown", rows, modules_to_save=["embed_tokens", "lm_head"])
+    changes = {"models": [{"model": "base"}, {"adapter": "grown"}], "merge_method": "task_arithmetic"}
+    assert plan_of(root, **changes, tokenizer=None).documents["config.json"]["vocab_size"] == tokens + 2
+    assert problems_of(root, **changes) == [("adapter_vocabulary", "models[1]")]
+    with pytest.raises(MergeyardError, match=f"{tokens + 2} rows for tokens that no tokenizer names; let PEFT merge"):
+        plan_of(root, **changes)
 
 
 @pytest.mark.parametrize(
