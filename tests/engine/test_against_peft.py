@@ -27,6 +27,7 @@ from worker.engine.kernels import Room
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONV1D = ["c_attn", "c_proj", "c_fc"]  # attn.c_proj is square, so a forgotten transposition would fit
+BERT = ["query", "key", "value", "dense"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 CONVOLUTIONS = r".*conv_layers\.\d+\.conv"
 
@@ -92,7 +93,64 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt2",
         {"target_modules": [], "target_parameters": ["c_attn.weight", "attn.c_proj.weight"]},
     ),
+    "rslora, patterns on gpt2": (
+        "gpt2",
+        {
+            "target_modules": CONV1D,
+            "fan_in_fan_out": True,
+            "use_rslora": True,
+            "rank_pattern": {"c_fc": 2, r"h\.1\.attn\.c_proj": 6},
+            "alpha_pattern": {"attn.c_proj": 3},
+        },
+    ),
+    "lora_bias on gpt2": ("gpt2", {"target_modules": CONV1D, "fan_in_fan_out": True, "lora_bias": True}),
+    "bias: lora_only on gpt2": ("gpt2", {"target_modules": CONV1D, "fan_in_fan_out": True, "bias": "lora_only"}),
+    "trained tokens of gpt2": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "trainable_token_indices": {"wte": [0, 95, 4]}},
+    ),
     "bert": ("bert", {"target_modules": ["query", "value", "word_embeddings"]}),
+    "rslora, patterns on bert": (
+        "bert",
+        {
+            "target_modules": BERT,
+            "use_rslora": True,
+            "rank_pattern": {"attention.output.dense": 6},
+            "alpha_pattern": {r"layer\.1\..*query": 3},
+        },
+    ),
+    "dora on bert": ("bert", {"target_modules": [*BERT, "word_embeddings"], "use_dora": True}),
+    "lora_bias on bert": ("bert", {"target_modules": BERT, "lora_bias": True}),
+    "bias: all on bert": ("bert", {"target_modules": BERT, "bias": "all"}),
+    "modules_to_save on bert": (
+        "bert",
+        {"target_modules": ["query"], "modules_to_save": ["classifier", "position_embeddings"]},
+    ),
+    "trained tokens of bert": (
+        "bert",
+        {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [7, 1]}},
+    ),
+    "rslora, patterns on mixtral": (
+        "mixtral",
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "target_parameters": EXPERTS,
+            "use_rslora": True,
+            "rank_pattern": {"experts.down_proj": 2, "k_proj": 6},
+            "alpha_pattern": {"experts.gate_up_proj": 3},
+        },
+    ),
+    "dora on mixtral": ("mixtral", {"target_modules": [*LINEAR[:4], "embed_tokens"], "use_dora": True}),
+    "embedding of mixtral": ("mixtral", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "trained tokens of mixtral": (
+        "mixtral",
+        {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [5, 2]}},
+    ),
+    "rslora, patterns on convolution": (
+        "resnet",
+        {"target_modules": ["convolution"], "use_rslora": True, "rank_pattern": {"layer.1.convolution": 2}},
+    ),
+    "bias: all on convolution": ("resnet", {"target_modules": ["convolution"], "bias": "all"}),
     "vit, renamed on load": ("vit", {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
     "mica": ("llama", {"target_modules": LINEAR, "init_lora_weights": "mica"}),
     "orthogonal": ("llama", {"target_modules": LINEAR, "init_lora_weights": "orthogonal"}),
@@ -102,6 +160,8 @@ ADALORA: dict[str, tuple[str, dict[str, Any]]] = {
     "adalora": ("llama", {"target_modules": LINEAR, "total_step": 10}),
     "adalora, ranks taken away": ("llama", {"target_modules": ["q_proj", "k_proj"], "total_step": 3, "tfinal": 1}),
     "adalora on conv1d of gpt2": ("gpt2", {"target_modules": CONV1D[:2], "total_step": 10, "fan_in_fan_out": True}),
+    "adalora on bert": ("bert", {"target_modules": BERT, "total_step": 10}),
+    "adalora on mixtral": ("mixtral", {"target_modules": LINEAR[:4], "total_step": 10}),
     "adalora on convolution": ("resnet", {"target_modules": ["convolution"], "total_step": 10}),
 }
 # Method, room, and the values of a block: small ones end inside rows, and spread the norms of DoRA over several.

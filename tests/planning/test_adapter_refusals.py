@@ -43,9 +43,12 @@ def _write(root: Path, extra: Shapes | None = None, *, only: bool = False, tied:
     write_adapter(root / "lora", own | {key: torch.zeros(shape) for key, shape in (extra or {}).items()}, **changes)
 
 
-def pickled(root: Path) -> None:
-    _write(root)
-    (root / "lora" / "adapter_model.safetensors").rename(root / "lora" / "adapter_model.bin")
+def pickled(ending: str) -> Callable[[Path], None]:
+    def write(root: Path) -> None:
+        _write(root)
+        (root / "lora" / "adapter_model.safetensors").rename(root / "lora" / f"adapter_model.{ending}")
+
+    return write
 
 
 def onto_packed(root: Path) -> None:
@@ -92,7 +95,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         kind: (config(peft_type=kind), "adapter_peft_type", "merge_and_unload")
         for kind in ("IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "PROMPT_TUNING", "LN_TUNING", "TRAINABLE_TOKENS")
     },
-    "a pickle": (pickled, "pickle_refused", "save it again with safetensors"),
+    "a pickle": (pickled("bin"), "pickle_refused", "save it again with safetensors"),
+    "a pickle of torch": (pickled("pt"), "pickle_refused", "save it again with safetensors"),
     "a base of 4 bits": (onto_packed, "model_quantized", "merge into the unquantised weights"),
     "a base of 8 bits": (onto_eight_bits, "model_quantized", "16 bits or more"),
     "modules the base lacks": (
