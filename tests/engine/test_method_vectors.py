@@ -126,6 +126,17 @@ def test_the_karcher_mean_is_as_far_in_angle_from_one_as_from_the_other(tmp_path
     assert found.norm().item() == pytest.approx(2, abs=1e-6)
 
 
+@pytest.mark.parametrize("early", [{"max_iter": 0}, {"tol": 0.5}])
+def test_a_karcher_mean_that_stops_early_is_where_it_starts(early: dict[str, Any], tmp_path: Path) -> None:
+    """At the direction of the sum of all directions, here 45°; the first step is of 5°, or 0.09."""
+    directions = [
+        [n * math.cos(math.radians(a)), n * math.sin(math.radians(a))] for n, a in ((1, 0), (2, 30), (3, 120))
+    ]
+    found, _ = merged(tmp_path, "karcher", directions, named_base=False, **early)
+    assert math.degrees(math.atan2(found[1], found[0])) == pytest.approx(45, abs=1e-4)
+    assert found.norm().item() == pytest.approx(2, abs=1e-6)
+
+
 def test_model_stock_by_rows_has_a_ratio_for_each(tmp_path: Path) -> None:
     sources = [[[1.0, 0], [1, 0]], [[1.0, 1], [0, 1]]]
     found, _ = merged(tmp_path, "model_stock", sources, filter_wise=True)

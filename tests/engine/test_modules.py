@@ -6,6 +6,7 @@ Parts are told apart here by the names of the loaded model, not by those of the 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +219,37 @@ def _t5_norms(root: Path) -> dict[str, torch.Tensor]:
         encoder: base[encoder] + first * (one[encoder] - base[encoder]),
         decoder: base[decoder] + second * (one[decoder] - base[decoder]) + 0.5 * (two[decoder] - base[decoder]),
     }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_several_parts_changes_those_that_name_it(root: Path, tmp_path: Path, kind: str) -> None:
+    """It adapts both parts, under the names of the loaded model, and the recipe takes its half of the first."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    for name in ("base", "one"):
+        shutil.copytree(root / f"{kind}-{name}", tmp_path / f"{kind}-{name}")
+    base = tmp_path / f"{kind}-base"
+    targets = ["q", "v"] if kind == "t5" else ["q_proj", "v_proj"]
+    adapted: Any = get_peft_model(load(kind, base), LoraConfig(r=2, lora_alpha=6, target_modules=targets))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(str(tmp_path / "lora"))
+    (names, first, _), (others, second, _) = KINDS[kind].first, KINDS[kind].second
+    modules = {names[0]: {"models": [{"adapter": "lora"}]}, others[0]: {"models": [{"model": f"{kind}-one"}]}}
+    merge(plan_of(tmp_path, recipe(kind, modules)), tmp_path / "out")
+
+    before, tuned, found = (state_of(kind, tmp_path / name) for name in (base.name, f"{kind}-one", "out"))
+    peft = PeftModel.from_pretrained(load(kind, base), str(tmp_path / "lora")).merge_and_unload().state_dict()
+    assert any(not torch.equal(peft[name], value) for name, value in before.items() if name.startswith(second))
+    assert any(not torch.equal(peft[name], value) for name, value in before.items() if name.startswith(first))
+    for name, value in found.items():
+        expected = peft[name] if name.startswith(first) else tuned[name] if name.startswith(second) else before[name]
+        if kind == "t5" and name == "decoder.final_layer_norm.weight":
+            expected = tuned[name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
 # By kind: the module whose layers are stacked anew, where the loaded model has them, and where its config counts them.
