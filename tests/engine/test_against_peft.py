@@ -6,7 +6,7 @@ Every adapter was trained by PEFT for a few steps. Where PEFT is wrong, the test
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.errors import MergeyardError
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
 from app.sources.resolver import Resolver
@@ -182,18 +181,6 @@ class Case:
     base: Mapping[str, torch.Tensor]
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """A base of each architecture, written when it is first asked for."""
-
-    class Bases(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            self[name] = peft_zoo.write_base(name, tmp_path_factory.mktemp("bases") / name.replace(" ", "-"))
-            return self[name]
-
-    return Bases()
-
-
 @pytest.fixture(scope="module", params=[*KINDS, *ADALORA])
 def case(request: pytest.FixtureRequest, bases: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Case:
     return trained_case(request.param, bases, tmp_path_factory.mktemp("case"))
@@ -242,88 +229,6 @@ def test_one_adapter_equals_merge_and_unload(case: Case, way: str, monkeypatch: 
     found = merged_here(case.root, case.architecture, method=method, room=room)
     assert_equal(found, case.merged)
     assert any(not torch.equal(value, case.base[name]) for name, value in found.items()), "nothing was trained"
-
-
-def corda(method: str) -> tuple[dict[str, Any], Callable[[Any], None]]:
-    from peft.tuners.lora.config import CordaConfig
-    from peft.tuners.lora.corda import preprocess_corda
-
-    def see_inputs(model: Any) -> None:
-        def run() -> None:
-            generator = torch.Generator().manual_seed(5)
-            for _ in range(8):
-                model(torch.randint(0, peft_zoo.VOCABULARY, (1, 16), generator=generator))
-
-        preprocess_corda(model, lora_config(options), run_model=run)
-
-    options = {"init_lora_weights": "corda", "corda_config": CordaConfig(corda_method=method)}
-    return options, see_inputs
-
-
-def lora_ga() -> tuple[dict[str, Any], Callable[[Any], None]]:
-    from peft.tuners.lora.config import LoraGAConfig
-    from peft.tuners.lora.loraga import preprocess_loraga
-
-    def see_gradients(model: Any) -> None:
-        def run() -> None:
-            tokens = torch.randint(0, peft_zoo.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(5))
-            model(tokens, labels=tokens).loss.backward()
-
-        preprocess_loraga(model, lora_config(options), run)
-
-    options = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
-    return options, see_gradients
-
-
-# Starts that change the base: what the config says, and what they need to see of the base.
-CHANGED_BASES: dict[str, Callable[[], tuple[dict[str, Any], Callable[[Any], None] | None]]] = {
-    "pissa": lambda: ({"init_lora_weights": "pissa"}, None),
-    "pissa, rslora": lambda: ({"init_lora_weights": "pissa", "use_rslora": True}, None),
-    "olora": lambda: ({"init_lora_weights": "olora"}, None),
-    "corda, instruction-previewed": lambda: corda("ipm"),
-    "corda, knowledge-preserved": lambda: corda("kpm"),
-    "lora-ga": lora_ga,
-}
-
-
-def lora_config(options: Mapping[str, Any]) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(r=4, lora_alpha=10, task_type="CAUSAL_LM", target_modules=LINEAR, **options)
-
-
-@pytest.mark.parametrize("init", CHANGED_BASES)
-def test_a_changed_base_needs_its_conversion(init: str, bases: Mapping[str, Path], tmp_path: Path) -> None:
-    """These take their first factors out of the base: raw they are refused, converted they are plain LoRA."""
-    (tmp_path / "base").symlink_to(bases["llama"])
-    options, prepare = CHANGED_BASES[init]()
-    trained = []
-
-    def save_initial(model: Any) -> None:
-        model.peft_config["default"].init_lora_weights = True
-        model.save_pretrained(str(tmp_path / "initial"))
-        model.peft_config["default"].init_lora_weights = options["init_lora_weights"]
-        trained.append(model)
-
-    def train(folder: str, **save_options: Any) -> None:
-        peft_zoo.train(
-            *("llama", tmp_path / "base", tmp_path / folder, lora_config(options)),
-            prepare=prepare,
-            before=save_initial,
-            save_options=save_options,
-        )
-
-    train("raw")
-    with pytest.raises(MergeyardError, match="path_initial_model_for_weight_conversion") as caught:
-        merged_here(tmp_path, "llama", sources=[{"adapter": "raw"}])
-    assert caught.value.code == "adapter_raw_init"
-
-    train("adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
-    expected = peft_zoo.merged_by_peft("llama", tmp_path / "base", tmp_path / "adapter")
-    found = merged_here(tmp_path, "llama")
-    assert_equal(found, expected)
-    for name, value in trained[-1].merge_and_unload().state_dict().items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_an_embedding_trained_with_its_tied_head_is_added_once(bases: Mapping[str, Path], tmp_path: Path) -> None:
