@@ -4,18 +4,12 @@
 #
 #     benchmarks/peers/mergekit.sh FOLDER
 #
-# TORCH_INDEX names another wheel index for torch, as in the Makefile; PYTHON another interpreter (3.11).
+# TORCH_INDEX and PYTHON as in environment.sh.
 set -euo pipefail
 folder=${1:?name a folder for the environment, such as /tmp/mergekit}
 here=$(cd "$(dirname "$0")" && pwd)
-requirements=$here/mergekit-requirements.txt
 
-if [ ! -x "$folder/bin/mergekit-yaml" ]; then
-  "${PYTHON:-python3}" -m venv "$folder"
-  # torch comes first and exactly: any looser requirement takes whatever is newest
-  "$folder/bin/pip" install --quiet ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$(sed -n 's/^torch==//p' "$requirements")"
-  "$folder/bin/pip" install --quiet --requirement "$requirements"
-fi
+"$here/environment.sh" mergekit "$folder"
 cd "$here/../.."
 # what mergekit keeps in sets comes in the order of hashes; every model is a local folder
 exec env HF_HUB_OFFLINE=1 PYTHONHASHSEED=0 OMP_NUM_THREADS=1 "$folder/bin/python" -m benchmarks.peers.mergekit_figures
