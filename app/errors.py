@@ -73,6 +73,15 @@ CODES: dict[str, Code] = {
     "result_not_finite": Code(422, "user", "The merge produced NaN or infinity"),
     "lora_cannot_hold": Code(422, "user", "A LoRA adapter cannot hold what the merge changes"),
     "energy_too_low": Code(422, "user", "An adapter of this rank holds too little of the merge"),
+    # access
+    "key_required": Code(401, "user", "A key is needed"),
+    "key_invalid": Code(401, "user", "The key is not known"),
+    "key_expired": Code(401, "user", "The key has expired"),
+    "key_revoked": Code(401, "user", "The key was revoked"),
+    "scope_merge_required": Code(403, "user", "The key lacks the scope merge"),
+    "scope_read_required": Code(403, "user", "The key lacks the scope read"),
+    "scope_admin_required": Code(403, "user", "The key lacks the scope admin"),
+    "origin_refused": Code(403, "user", "A page of another site sent the request"),
     # requests
     "request_invalid": Code(422, "user", "The request is not valid"),
     "body_too_large": Code(413, "user", "The request body is too large"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
 from anyio import CapacityLimiter
 from fastapi import FastAPI
@@ -13,16 +12,19 @@ from starlette.routing import Route
 
 import app
 from app.api import docs, errors, files, health, merges, openapi, sources, uploads
+from app.api.callers import Callers
+from app.api.gate import Gate
 from app.api.middleware import BodyLimit, RequestIds
 from app.api.service import Service
 from app.artifacts.store import LocalStore
+from app.records.audit import Audit
 from app.records.bell import Bell
 from app.records.database import Database
 from app.records.janitor import Janitor
 from app.records.jobs import Jobs
-from app.records.published import merged_files
+from app.records.keys import Keys
+from app.records.owned import OwnedUploads
 from app.settings import Settings
-from app.sources.resolver import Resolver
 from app.sources.uploads import UploadStore
 
 UPLOADS_AT_ONCE = 8  # more wait their turn
@@ -66,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     # Added last is outermost.
     api.add_middleware(BodyLimit, default=settings.max_body_bytes, limits={"/uploads": settings.max_upload_bytes})
+    api.add_middleware(Gate)
     api.add_middleware(RequestIds)
     routers = [resource.router for resource in (merges, files, uploads, sources, health, docs)]
     for router in routers:
@@ -80,7 +83,7 @@ def open_service(settings: Settings) -> Service:
     database = Database(settings.database)
     jobs = Jobs(database)
     store = LocalStore(settings.artifacts)
-    resolver = Resolver(roots=settings.roots, uploads=settings.uploads, merges=partial(merged_files, jobs, store))
+    keys = Keys(database)
     return Service(
         settings=settings,
         database=database,
@@ -88,5 +91,8 @@ def open_service(settings: Settings) -> Service:
         bell=Bell(settings.broker),
         store=store,
         uploads=UploadStore(settings.uploads),
-        resolver=resolver,
+        uploaded=OwnedUploads(database),
+        keys=keys,
+        audit=Audit(database),
+        callers=Callers(keys),
     )

@@ -39,6 +39,7 @@ class MergeSummary(TypedDict):
 
     id: str
     kind: str
+    owner: str
     status: str
     stage: str | None
     method: str

@@ -8,26 +8,20 @@ Exit codes: 0 done, 1 the merge failed (or the service did), 2 the request was w
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mergeyard.command import FAILED, WRONG, AsJson, fail, guarded, print_json, read_settings
+from mergeyard.keys import keys
+
 if TYPE_CHECKING:
-    from app.settings import Settings
     from mergeyard.answers import Merge
     from mergeyard.client import Client
-
-FAILED, WRONG = 1, 2
-
-P = ParamSpec("P")
 
 cli = typer.Typer(
     name="mergeyard",
@@ -36,6 +30,7 @@ cli = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+cli.add_typer(keys)
 
 
 class Device(StrEnum):
@@ -55,7 +50,6 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; m
 OnDevice = Annotated[Device, typer.Option("--device", help="Where to calculate.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="0: every core.")]
 MergeId = Annotated[str, typer.Argument(metavar="ID", help="The merge's id.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
 Url = Annotated[str, typer.Option("--url", envvar="MERGEYARD_URL", help="The service.")]
 ApiKey = Annotated[str, typer.Option("--api-key", envvar="MERGEYARD_API_KEY", help="Its key, where it wants one.")]
 
@@ -66,23 +60,6 @@ STDIN = "-"
 def main() -> None:
     """The program ``mergeyard``."""
     cli()
-
-
-def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn every failure into a sentence and an exit code; never a trace, unless MERGEYARD_DEBUG is set."""
-
-    @functools.wraps(command)
-    def guard(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except (typer.Exit, typer.Abort, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            if os.environ.get("MERGEYARD_DEBUG"):
-                raise
-            _fail(error, as_json=bool(kwargs.get("as_json")))
-
-    return guard
 
 
 # ── on this machine ─────────────────────────────────────────────────────────────────────────────
@@ -134,9 +111,9 @@ def plan(recipe: Recipe, as_json: AsJson = False) -> None:
     from app.api.schemas import MergePlan
     from mergeyard import display, local
 
-    document = MergePlan.of(local.plan_recipe(_read(recipe), _folder(recipe), _settings())).model_dump(mode="json")
+    document = MergePlan.of(local.plan_recipe(_read(recipe), _folder(recipe), read_settings())).model_dump(mode="json")
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         display.show_plan(document)
 
@@ -155,7 +132,7 @@ def up(
     """Run the whole service on this machine: SQLite, an embedded Valkey, one worker, the API."""
     from mergeyard.up import run_up
 
-    raise typer.Exit(run_up(_settings(host=host, port=port, data_dir=data_dir)))
+    raise typer.Exit(run_up(read_settings(host=host, port=port, data_dir=data_dir)))
 
 
 @cli.command()
@@ -166,7 +143,7 @@ def api(
     """Run the HTTP service alone. Settings are MERGEYARD_* variables."""
     from mergeyard.serve import serve
 
-    serve(_settings(), fd)
+    serve(read_settings(), fd)
 
 
 @cli.command()
@@ -175,7 +152,7 @@ def worker() -> None:
     """Run one worker. Settings are MERGEYARD_* variables."""
     from worker.celery import run_worker
 
-    run_worker(_settings())
+    run_worker(read_settings())
 
 
 @cli.command()
@@ -184,7 +161,7 @@ def migrate() -> None:
     """Bring the database to this version's schema. Safe to run at any time, by any number of processes."""
     from app.records.database import Database
 
-    database = Database(_settings().database)
+    database = Database(read_settings().database)
     database.migrate()
     database.close()
 
@@ -219,7 +196,7 @@ def submit(
         if download is not None and merge["status"] == "succeeded":
             _download(client, merge["id"], download)
     if as_json:
-        _print_json(merge)
+        print_json(merge)
     elif not wait and download is None:
         display.say(merge["id"])
     if merge["status"] in ("failed", "cancelled"):
@@ -247,7 +224,7 @@ def list_merges(
     with _client(url, api_key) as client:
         page = client.list(status=status, method=method, limit=limit, cursor=cursor)
     if as_json:
-        _print_json(page)
+        print_json(page)
     else:
         display.show_page(page)
 
@@ -261,7 +238,7 @@ def status(id: MergeId, as_json: AsJson = False, url: Url = LOCAL, api_key: ApiK
     with _client(url, api_key) as client:
         merge = client.get(id)
     if as_json:
-        _print_json(merge)
+        print_json(merge)
     else:
         display.show_merge(merge)
 
@@ -281,7 +258,7 @@ def events(
     with _client(url, api_key) as client:
         page = client.events(id, after=after, limit=1000)
     if as_json:
-        _print_json(page)
+        print_json(page)
     else:
         display.show_events(page)
 
@@ -295,7 +272,7 @@ def cancel(id: MergeId, as_json: AsJson = False, url: Url = LOCAL, api_key: ApiK
     with _client(url, api_key) as client:
         merge = client.cancel(id)
     if as_json:
-        _print_json(merge)
+        print_json(merge)
     else:
         display.say(f"{merge['id']} is {merge['status']}")
 
@@ -317,7 +294,7 @@ def download(
         files = client.files(id)
         _download(client, id, target)
     if as_json:
-        _print_json({"directory": str(target), **files})
+        print_json({"directory": str(target), **files})
     else:
         display.say(f"{len(files['items'])} files, all verified, in {target}")
 
@@ -330,16 +307,16 @@ def _merge(recipe: str, folder: Path, out: Path, device: Device, threads: int, *
     from mergeyard import display, local
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the sink cleans up
-    plan = local.plan_recipe(recipe, folder, _settings())
+    plan = local.plan_recipe(recipe, folder, read_settings())
     display.show_warnings([warning.as_json() for warning in plan.warnings])
     try:
         with display.merging(plan.method) as on_progress:
             manifest = local.merge_plan(plan, out, device=device.value, threads=threads, on_progress=on_progress)
     except Exception as error:
         # What the recipe could have said is caught above: from here on it is the merge that failed.
-        _fail(error, as_json=as_json, code=WRONG if _code_of(error) in ("output_exists", "not_supported") else FAILED)
+        fail(error, as_json=as_json, code=WRONG if _code_of(error) in ("output_exists", "not_supported") else FAILED)
     if as_json:
-        _print_json({"out": str(out), **manifest.as_json()})
+        print_json({"out": str(out), **manifest.as_json()})
     else:
         display.show_merged(out, manifest)
 
@@ -353,28 +330,11 @@ def _folder(recipe: str) -> Path:
     return Path.cwd() if recipe == STDIN else Path(recipe).absolute().parent
 
 
-def _settings(**given: object) -> Settings:
-    """The MERGEYARD_* variables, and above them the options that were given."""
-    from pydantic import ValidationError
-
-    from app.settings import Settings
-
-    try:
-        # Through the environment, so that the processes `up` starts see the same.
-        for name, value in given.items():
-            if value is not None:
-                os.environ[f"MERGEYARD_{name.upper()}"] = str(value)
-        return Settings()
-    except ValidationError as error:
-        found = error.errors()[0]
-        raise typer.BadParameter(f"MERGEYARD_{str(found['loc'][0]).upper()}: {found['msg']}") from None
-
-
 def _client(url: str, api_key: str, *, patient: bool = False) -> Client:
     """``patient`` for what runs for long and should outlive a restart of the service; else somebody is looking."""
     from mergeyard.client import Client
 
-    return Client(url, api_key or None, retries=6 if patient else 1)
+    return Client(url, api_key, retries=6 if patient else 1)
 
 
 def _wait(client: Client, merge: Merge) -> Merge:
@@ -406,26 +366,8 @@ def _label(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _print_json(value: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def _code_of(error: Exception) -> str:
     return str(getattr(error, "code", ""))
-
-
-def _fail(error: Exception, *, as_json: bool, code: int | None = None) -> NoReturn:
-    """Say what went wrong and leave with ``code``, or with what the kind of failure means."""
-    from mergeyard import failures
-
-    if isinstance(error, typer.BadParameter):
-        raise error
-    failure = failures.describe(error)
-    if as_json:
-        _print_json({"error": failure.as_json()})
-    else:
-        failures.show(failure)
-    raise typer.Exit(code if code is not None else WRONG if failure.fault == "user" else FAILED)
 
 
 if __name__ == "__main__":

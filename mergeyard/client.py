@@ -7,6 +7,7 @@ with Client("http://127.0.0.1:8000") as client:
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ MAX_POLL_SECONDS = 5.0
 class Client:
     """The service at ``url``. Every method raises ApiError, also where the service cannot be reached.
 
+    ``api_key`` None takes MERGEYARD_API_KEY from the environment; an empty one sends none.
+
     What is safe to repeat is repeated (``retries`` times, waiting 0.25 s, 0.5 s, 1 s, … between) when the connection
     breaks or the service is not ready; a submission is made safe by an Idempotency-Key of its own.
     """
@@ -41,6 +44,8 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         headers = {"Accept": "application/json", "User-Agent": "mergeyard"}
+        if api_key is None:
+            api_key = os.environ.get("MERGEYARD_API_KEY", "")
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         self.url = url.rstrip("/")

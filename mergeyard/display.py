@@ -208,6 +208,23 @@ def show_events(page: EventPage) -> None:
     _columns(("id", "at", "event", "data"), rows)
 
 
+def show_keys(keys: Sequence[Mapping[str, Any]]) -> None:
+    """A table of keys, as ``mergeyard keys list --json`` has them."""
+    rows = [
+        (
+            key["id"],
+            key["owner"],
+            ",".join(key["scopes"]),
+            key["state"],
+            "never" if key["expires_at"] is None else key["expires_at"][:16],
+            "never" if key["last_used_at"] is None else _ago(key["last_used_at"]),
+            key["note"],
+        )
+        for key in keys
+    ]
+    _columns(("id", "owner", "scopes", "state", "expires", "used", "note"), rows)
+
+
 def _columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns that are never cut: an id is there to be copied, whatever the window's width."""
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]

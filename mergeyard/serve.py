@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 
 import uvicorn
 
+from app.api.origins import is_loopback
 from app.main import create_app
 from app.records.database import Database
+from app.records.keys import Keys
 from app.settings import Settings
 from mergeyard.processes import StartError
 
 KEEP_ALIVE_SECONDS = 30
 GRACE_SECONDS = 10  # for requests in flight when told to stop
 
+log = logging.getLogger("mergeyard.api")
+
 
 def serve(settings: Settings, descriptor: int | None = None) -> None:
     """Serve until SIGTERM or SIGINT, on ``settings.host`` and ``port`` or on an open socket.
 
     Raises:
-        StartError: where the host is not loopback.
+        StartError: where others than this machine could reach it and there are no keys.
         MergeyardError: `not_ready` where the database needs `mergeyard migrate`, `database_unavailable`.
     """
-    check_loopback(settings.host)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("mergeyard").setLevel(logging.INFO)
     database = Database(settings.database)
     database.check()
+    sockets = None if descriptor is None else [socket.socket(fileno=descriptor)]
+    host = settings.host if sockets is None else str(sockets[0].getsockname()[0])
+    if keyless := check_exposure(host, database):
+        log.warning(keyless)
     database.close()
     config = uvicorn.Config(
         create_app(settings),
@@ -38,18 +44,24 @@ def serve(settings: Settings, descriptor: int | None = None) -> None:
         timeout_graceful_shutdown=GRACE_SECONDS,
         server_header=False,
     )
-    sockets = None if descriptor is None else [socket.socket(fileno=descriptor)]
     uvicorn.Server(config).run(sockets=sockets)
 
 
-def check_loopback(host: str) -> None:
-    """Without keys everybody who reaches the port may do everything, so only this machine may reach it."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+def check_exposure(host: str, database: Database) -> str:
+    """Without keys everybody who reaches the port may do everything, so only this machine may reach it.
+
+    Returns what to say where there are none, empty where there are. Raises StartError where there are none and
+    ``host`` is not loopback.
+    """
+    if Keys(database).exist():
+        return ""
+    if not is_loopback(host):
         message = (
-            f"there are no API keys yet, so the service binds loopback only and not {host}; put a gateway before it."
+            f"there are no API keys, so the service binds loopback only and not {host}: everybody who reaches it could "
+            "do everything. Make one with `mergeyard keys create --owner NAME`, then start it again."
         )
         raise StartError(message)
+    return (
+        "There are no API keys: the service is open to every program on this machine, and to nobody else. "
+        "`mergeyard keys create` makes the first; from then on every request needs one."
+    )

@@ -28,7 +28,7 @@ from app.records.bell import Bell
 from app.records.database import Database
 from app.settings import Settings
 from mergeyard.processes import Part, StartError, Supervisor
-from mergeyard.serve import check_loopback
+from mergeyard.serve import check_exposure
 
 LOCK_NAME = "mergeyard.lock"
 SOCKET_NAME = "valkey.sock"
@@ -44,14 +44,13 @@ def run_up(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code.
 
     Raises:
-        StartError: where the folder is in use, the port is taken, or a part does not start. Nothing is left running.
+        StartError: where the folder is in use, the port is taken or would be open to others without keys, or a part
+            does not start. Nothing is left running.
         MergeyardError: `database_unavailable`, `broker_unavailable`, where those that the settings name do not answer.
     """
-    check_loopback(settings.host)
     root = settings.root
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _locked(root), _listening(settings.host, settings.port) as listener, _stop_requests() as stopping:
-        _prepare(settings)
+    with _locked(root), _stop_requests() as stopping, _prepared(settings) as listener:
         url = _url(listener)
         broker = None if settings.broker_url else broker_socket(root)
         supervisor = Supervisor(_parts(settings, listener, broker), stopping, _say)
@@ -69,15 +68,24 @@ def run_up(settings: Settings) -> int:
     return 0
 
 
-def _prepare(settings: Settings) -> None:
-    """Migrate; and where the broker is somebody else's, see that it answers before anything waits for it."""
+@contextmanager
+def _prepared(settings: Settings) -> Iterator[socket.socket]:
+    """Migrate, see who may reach the port, and open it: the API's socket.
+
+    Where the broker is somebody else's, see that it answers before anything waits for it.
+    """
     database = Database(settings.database)
     database.migrate()
+    keyless = check_exposure(settings.host, database)
     database.close()
     if settings.broker_url:
         bell = Bell(settings.broker)
         bell.check()
         bell.close()
+    with _listening(settings.host, settings.port) as listener:
+        if keyless:
+            _say(keyless)
+        yield listener
 
 
 def _parts(settings: Settings, listener: socket.socket, broker: Path | None) -> list[Part]:

@@ -8,7 +8,6 @@ import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 from app.artifacts.manifest import StoredFile
@@ -22,10 +21,9 @@ from app.records.database import Database
 from app.records.janitor import sweep
 from app.records.job import CancelRequested, Job, LeaseLost
 from app.records.jobs import Jobs
-from app.records.published import merged_files
+from app.records.owned import resolver_of
 from app.records.upkeep import Upkeep
 from app.settings import Settings
-from app.sources.resolver import Resolver
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import Kernels, load, warm_up
 from worker.engine.run import build_manifest, run_merge, write_manifest
@@ -144,11 +142,7 @@ def _merge(place: Workplace, job: Job, lease: Lease) -> Mapping[str, Any]:
 
 def _plan_again(place: Workplace, job: Job) -> Plan:
     """The plan, made from the files as they are now. Raises ``source_changed`` unless it is the submitted one."""
-    resolver = Resolver(
-        roots=place.settings.roots,
-        uploads=place.settings.uploads,
-        merges=partial(merged_files, place.jobs, place.store),
-    )
+    resolver = resolver_of(job.owner, settings=place.settings, jobs=place.jobs, store=place.store)
     plan = make_plan(parse_recipe(job.resolved), resolver)
     if plan.digest != job.plan_digest:
         raise MergeyardError(

@@ -33,6 +33,8 @@ for (const form of document.forms) form.onsubmit = async (event) => {
   const file = path.includes("{path}") ? prompt("name of the file", "config.json") : "";
   const target = path.replace("{id}", encodeURIComponent(id)).replace("{path}", file);
   const body = form.body && form.body.value, headers = body ? {"Content-Type": type} : {};
+  const key = document.getElementById("key").value.trim();
+  if (key) headers.Authorization = `Bearer ${key}`;
   const response = await fetch(target, {method, headers, body: body || undefined});
   const kind = response.headers.get("content-type") || "";
   const size = response.headers.get("content-length") || "";
@@ -42,6 +44,12 @@ for (const form of document.forms) form.onsubmit = async (event) => {
   answer.textContent = `${response.status} ${response.statusText}\\n${shown}`;
 };
 """
+
+# Kept in the field alone: nothing that other scripts of this origin could read later.
+KEY_FIELD = (
+    '<p><label>Key, where the service has keys: <input id="key" type="password" autocomplete="off"></label> '
+    'Commands take it as <code>-H "authorization: Bearer $MERGEYARD_API_KEY"</code>.</p>'
+)
 
 router = APIRouter(include_in_schema=False)
 
@@ -65,6 +73,7 @@ def render(document: Mapping[str, Any], base_url: str) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(info["title"])} API</title>'
         f"<style>{STYLE}</style><h1>{escape(info['title'])} API {escape(info['version'])}</h1>"
         f'<p>{escape(info["description"])} <a href="openapi.json">openapi.json</a></p>'
+        f"{KEY_FIELD}"
         f"{sections}<script>{SCRIPT}</script></html>"
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ from app.errors import NO_SPACE, MergeyardError, Problem
 from app.recipe.parse import place
 
 MEDIA_TYPE = "application/problem+json"
+REALM = 'Bearer realm="mergeyard"'
+SCOPE_CODE = re.compile(r"scope_(\w+)_required")
 RETRY_SECONDS = 2  # for what passes by itself: a database or a queue that is being restarted
 
 log = logging.getLogger("mergeyard.api")
@@ -52,8 +55,20 @@ def problem_response(
     extra = {"Cache-Control": "no-store", **(headers or {})}
     if error.status == 503:
         extra.setdefault("Retry-After", str(RETRY_SECONDS))
+    if challenge := _challenge(error):
+        extra["WWW-Authenticate"] = challenge
     body = json.dumps(document, ensure_ascii=False).encode("utf-8", errors="replace")
     return Response(body, status_code=error.status, media_type=MEDIA_TYPE, headers=extra)
+
+
+def _challenge(error: MergeyardError) -> str:
+    """What RFC 6750, section 3, wants beside a key that is missing, wrong or too weak."""
+    if error.code == "key_required":
+        return REALM
+    if error.status == 401:
+        return f'{REALM}, error="invalid_token", error_description="{error.title}"'
+    scope = SCOPE_CODE.fullmatch(error.code)
+    return f'{REALM}, error="insufficient_scope", scope="{scope[1]}"' if scope else ""
 
 
 def as_mergeyard_error(error: Exception) -> MergeyardError:

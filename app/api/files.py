@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.api.archive import tar_segments
+from app.api.callers import Reading
 from app.api.merges import Id, Problem
 from app.api.schemas import FileList
 from app.api.service import Serving
@@ -35,9 +36,9 @@ router = APIRouter(prefix="/merges/{id}", tags=["files"])
 
 
 @router.get("/files", response_model=FileList, summary="List the files", responses={404: Problem, 409: Problem})
-def list_files(id: Id, serving: Serving, response: Response) -> FileList:
+def list_files(caller: Reading, id: Id, serving: Serving, response: Response) -> FileList:
     """The artifact's files with their sizes and digests. 409 until the merge has succeeded."""
-    job, files = serving.published(id)
+    job, files = serving.published(id, caller)
     assert job.artifact is not None
     manifest_sha256 = job.artifact["manifest_sha256"]
     response.headers["ETag"] = f'"{manifest_sha256}"'
@@ -46,9 +47,9 @@ def list_files(id: Id, serving: Serving, response: Response) -> FileList:
 
 @router.get("/files/{path:path}", response_class=Response, summary="Download a file", responses=DOWNLOAD)
 @router.head("/files/{path:path}", response_class=Response, summary="Look at a file", responses=DOWNLOAD)
-async def download(id: Id, path: str, request: Request, serving: Serving) -> Response:
+async def download(caller: Reading, id: Id, path: str, request: Request, serving: Serving) -> Response:
     """Takes Range, If-Range and If-None-Match; `ETag` is the quoted sha256, `Repr-Digest` the same in base64."""
-    _, files = await run_in_threadpool(serving.published, id)
+    _, files = await run_in_threadpool(serving.published, id, caller)
     file = files.get(path)
     if file is None:
         raise MergeyardError("not_found", f"The merge has no file of that name; GET /merges/{id}/files lists them.")
@@ -62,9 +63,9 @@ async def download(id: Id, path: str, request: Request, serving: Serving) -> Res
 
 @router.get("/archive.tar", response_class=Response, summary="Download everything as one tar", responses=DOWNLOAD)
 @router.head("/archive.tar", response_class=Response, summary="Look at the tar", responses=DOWNLOAD)
-async def archive(id: Id, request: Request, serving: Serving) -> Response:
+async def archive(caller: Reading, id: Id, request: Request, serving: Serving) -> Response:
     """Streamed with its exact length, resumable like any file; the same artifact always gives the same bytes."""
-    job, files = await run_in_threadpool(serving.published, id)
+    job, files = await run_in_threadpool(serving.published, id, caller)
     assert job.artifact is not None
     headers = {
         "Content-Type": "application/x-tar",

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 
+from app.api.callers import Merging, Reading
 from app.api.envelope import Body, Envelope, Submission, read_submission, submitted
 from app.api.examples import submission_body
 from app.api.ranges import none_match
@@ -23,7 +24,7 @@ from app.api.schemas import (
     estimates,
     merge_url,
 )
-from app.api.service import OWNER, Serving
+from app.api.service import Serving
 from app.errors import MergeyardError
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
@@ -47,6 +48,7 @@ router = APIRouter(prefix="/merges", tags=["merges"])
     openapi_extra=submission_body(Envelope.model_json_schema()),
 )
 def submit(
+    caller: Merging,
     body: Body,
     serving: Serving,
     response: Response,
@@ -58,14 +60,13 @@ def submit(
     places; what is accepted (202) reaches exactly one of succeeded, failed, cancelled.
     """
     submission = read_submission(*body)
-    idempotency = _idempotency(idempotency_key, submission)
+    idempotency = _idempotency(caller.owner, idempotency_key, submission)
     # Before planning: a retry must find its merge even where the files have changed or gone since.
     job = serving.jobs.earlier(idempotency) if idempotency else None
     if job is None:
-        plan = make_plan(submission.recipe, serving.resolver)
-        job, created = serving.jobs.submit(
-            _new_job(submission, plan, serving.settings.max_attempts), idempotency=idempotency
-        )
+        plan = make_plan(submission.recipe, serving.resolver(caller.owner))
+        new = _new_job(submission, plan, caller.owner, serving.settings.max_attempts)
+        job, created = serving.jobs.submit(new, idempotency=idempotency, by=caller)
         if created:
             serving.ring(job)
     response.headers["Location"] = merge_url(job.id)
@@ -80,14 +81,15 @@ def submit(
     responses={413: Problem, 415: Problem, 422: Problem},
     openapi_extra=submission_body(Envelope.model_json_schema()),
 )
-def plan(body: Body, serving: Serving) -> MergePlan:
+def plan(caller: Merging, body: Body, serving: Serving) -> MergePlan:
     """Everything POST /merges would check, and what the merge would take, without queueing anything."""
     submission = read_submission(*body)
-    return MergePlan.of(make_plan(submission.recipe, serving.resolver))
+    return MergePlan.of(make_plan(submission.recipe, serving.resolver(caller.owner)))
 
 
 @router.get("", response_model=MergePage, summary="List merges", responses={422: Problem})
 def list_merges(
+    caller: Reading,
     request: Request,
     response: Response,
     serving: Serving,
@@ -96,8 +98,8 @@ def list_merges(
     status: Annotated[list[Status] | None, Query(description="May be given several times")] = None,
     method: Annotated[str | None, Query(pattern=r"^[a-z0-9_]{1,64}$")] = None,
 ) -> MergePage:
-    """Newest first. `Link: rel="next"` leads to the next page."""
-    page = serving.jobs.list(status=status, method=method, limit=limit, cursor=cursor)
+    """Your own, newest first; an admin's key sees every owner's. `Link: rel="next"` leads to the next page."""
+    page = serving.jobs.list(status=status, method=method, limit=limit, cursor=cursor, by=caller)
     if page.next_cursor:
         kept = [(key, value) for key, value in request.query_params.multi_items() if key != "cursor"]
         query = urlencode([*kept, ("cursor", page.next_cursor)])
@@ -107,13 +109,14 @@ def list_merges(
 
 @router.get("/{id}", response_model=Merge, summary="Look at a merge", responses={404: Problem})
 def get_merge(
+    caller: Reading,
     id: Id,
     serving: Serving,
     response: Response,
     if_none_match: Annotated[str | None, Header(description="The ETag seen last: 304 while nothing changed")] = None,
 ) -> Any:
     """Poll this. `Retry-After` says when it is worth asking again; it is absent once the merge has finished."""
-    job = serving.jobs.get(id)
+    job = serving.jobs.get(id, by=caller)
     if none_match(if_none_match, _etag(job)):
         unchanged = Response(status_code=304)
         _describe(unchanged, job)
@@ -124,13 +127,14 @@ def get_merge(
 
 @router.get("/{id}/events", response_model=EventPage, summary="What happened to a merge", responses={404: Problem})
 def events(
+    caller: Reading,
     id: Id,
     serving: Serving,
     after: Annotated[int, Query(ge=0, lt=1 << 62, description="Only events with a greater id")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
 ) -> EventPage:
     """Append-only, in order. Ask again with `after` to see what is new."""
-    found = serving.jobs.events(id, after=after, limit=limit)
+    found = serving.jobs.events(id, after=after, limit=limit, by=caller)
     return EventPage(items=[MergeEvent.of(event) for event in found], after=found[-1].id if found else after)
 
 
@@ -141,9 +145,9 @@ def events(
     summary="Cancel a merge",
     responses={404: Problem, 409: Problem},
 )
-def cancel(id: Id, serving: Serving, response: Response) -> Merge:
+def cancel(caller: Merging, id: Id, serving: Serving, response: Response) -> Merge:
     """Idempotent. A running merge stops at the next tile; one that already succeeded or failed is a 409."""
-    job = serving.jobs.request_cancel(id)
+    job = serving.jobs.request_cancel(id, by=caller)
     _describe(response, job)
     return Merge.of(job)
 
@@ -151,22 +155,22 @@ def cancel(id: Id, serving: Serving, response: Response) -> Merge:
 @router.delete(
     "/{id}", status_code=204, response_class=Response, summary="Delete a merge", responses={404: Problem, 409: Problem}
 )
-def delete(id: Id, serving: Serving) -> None:
+def delete(caller: Merging, id: Id, serving: Serving) -> None:
     """Removes a finished merge with its artifact. Unfinished ones are a 409: cancel them first."""
-    serving.discard(serving.jobs.delete(id))
+    serving.discard(serving.jobs.delete(id, by=caller))
 
 
-def _idempotency(key: str | None, submission: Submission) -> Idempotency | None:
+def _idempotency(owner: str, key: str | None, submission: Submission) -> Idempotency | None:
     if key is None:
         return None
     if not KEY.fullmatch(key):
         message = "An Idempotency-Key is 1 to 255 printable ASCII characters without spaces."
         raise MergeyardError("request_invalid", message, where="header.Idempotency-Key")
     request_hash = hashlib.sha256(submission.canonical()).hexdigest()
-    return Idempotency(owner=OWNER, key=key, request_hash=request_hash)
+    return Idempotency(owner=owner, key=key, request_hash=request_hash)
 
 
-def _new_job(submission: Submission, plan: Plan, max_attempts: int) -> NewJob:
+def _new_job(submission: Submission, plan: Plan, owner: str, max_attempts: int) -> NewJob:
     envelope = submission.envelope
     return NewJob(
         recipe=submitted(submission.recipe),
@@ -178,7 +182,7 @@ def _new_job(submission: Submission, plan: Plan, max_attempts: int) -> NewJob:
         total_bytes=plan.estimates.output_bytes,
         queue=envelope.queue,
         priority=envelope.priority,
-        owner=OWNER,
+        owner=owner,
         labels=envelope.labels,
         max_attempts=max_attempts,
         pinned=envelope.pinned,

@@ -86,6 +86,7 @@ class MergeSummary(Document):
 
     id: str
     kind: str
+    owner: str = Field(description="Whose key submitted it; `local` while there were no keys")
     status: Status
     stage: Stage | None
     method: str
@@ -320,6 +321,7 @@ def _summary(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "kind": job.kind,
+        "owner": job.owner,
         "status": job.status,
         "stage": job.stage,
         "method": job.method,

@@ -10,21 +10,24 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from app.api.callers import Callers
 from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
 from app.errors import MergeyardError
+from app.records.audit import Audit
 from app.records.bell import Bell
 from app.records.database import Database
 from app.records.janitor import sweep
 from app.records.job import Job
 from app.records.jobs import Jobs
+from app.records.key import Caller
+from app.records.keys import Keys
+from app.records.owned import OwnedUploads, resolver_of
 from app.records.published import artifact_files
 from app.records.upkeep import Upkeep
 from app.settings import Settings
 from app.sources.resolver import Resolver
 from app.sources.uploads import UploadStore
-
-OWNER = "local"  # everybody, until there are keys
 
 log = logging.getLogger("mergeyard.api")
 
@@ -39,11 +42,18 @@ class Service:
     bell: Bell
     store: LocalStore
     uploads: UploadStore
-    resolver: Resolver
+    uploaded: OwnedUploads
+    keys: Keys
+    audit: Audit
+    callers: Callers
 
-    def published(self, job_id: str) -> tuple[Job, Mapping[str, StoredFile]]:
+    def resolver(self, owner: str) -> Resolver:
+        """Where the references of this owner's recipes lead."""
+        return resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store)
+
+    def published(self, job_id: str, by: Caller) -> tuple[Job, Mapping[str, StoredFile]]:
         """A merge and its files by name, the manifest first. Raises `not_found`; `conflict` when it has none."""
-        job = self.jobs.get(job_id)
+        job = self.jobs.get(job_id, by=by)
         if job.artifact is None:
             raise _nothing_published(job)
         return job, artifact_files(job, self.store)

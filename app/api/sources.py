@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from app.api.callers import Reading
 from app.api.schemas import SourceEntry, SourceList
 from app.api.service import Serving
 from app.sources.catalogue import catalogue
@@ -12,7 +13,8 @@ router = APIRouter(prefix="/sources", tags=["sources"])
 
 
 @router.get("", response_model=SourceList, summary="List models and adapters")
-def list_sources(serving: Serving) -> SourceList:
-    """Every model and adapter below the roots and among the uploads, by the reference that names it in a recipe."""
-    found = catalogue(serving.settings.roots, serving.settings.uploads)
+def list_sources(caller: Reading, serving: Serving) -> SourceList:
+    """Every model and adapter below the roots and among your uploads, by the reference that names it in a recipe."""
+    uploads = [serving.settings.uploads / digest for digest in serving.uploaded.of(caller.owner)]
+    found = catalogue(serving.settings.roots, uploads)
     return SourceList(items=[SourceEntry.of(entry) for entry in found])

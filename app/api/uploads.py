@@ -8,6 +8,7 @@ from anyio import CapacityLimiter, from_thread, to_thread
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
+from app.api.callers import Merging
 from app.api.merges import Problem
 from app.api.multipart import boundary_of, file_parts
 from app.api.schemas import UploadDocument
@@ -40,7 +41,7 @@ router = APIRouter(prefix="/uploads", tags=["sources"])
     responses={200: {"description": "The same files were there already"}, 413: Problem, 415: Problem, 422: Problem},
     openapi_extra=BODY,
 )
-async def upload(request: Request, serving: Serving, response: Response) -> UploadDocument:
+async def upload(caller: Merging, request: Request, serving: Serving, response: Response) -> UploadDocument:
     """One model or one adapter: all its files as multipart form data. Kept by the digest of its contents, so the same
     files always have the same reference.
     """
@@ -51,7 +52,9 @@ async def upload(request: Request, serving: Serving, response: Response) -> Uplo
         made = await to_thread.run_sync(_store, serving.uploads, boundary, request.stream(), limiter=limiter)
     except ClientDisconnect:
         raise MergeyardError("request_invalid", "The upload ended before it was complete; send it again.") from None
-    response.status_code = 201 if made.created else 200
+    # By what this owner has sent before, not by what is stored: nobody learns here what others have.
+    first = await to_thread.run_sync(lambda: serving.uploaded.add(made.digest, by=caller))
+    response.status_code = 201 if first else 200
     return UploadDocument.of(made)
 
 

@@ -12,14 +12,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
-from app.records import rows, transitions
+from app.records import audit, rows, transitions
 from app.records.database import Database, clock
 from app.records.job import Beat, Event, Idempotency, Job, NewJob, Page, Shard, Stage, Status
+from app.records.key import Caller
 from app.records.tables import events, idempotency, jobs, shards
 from app.records.transitions import Change
 
@@ -28,23 +29,32 @@ Conditions = list[ColumnElement[bool]]
 
 
 class Jobs:
-    """Jobs in ``database``. An id that does not exist, or was deleted, raises MergeyardError ``not_found``."""
+    """Jobs in ``database``. An id that does not exist, or was deleted, raises MergeyardError ``not_found``.
+
+    ``by`` is whoever asks: another owner's jobs are ``not_found`` too, and what they change is in the audit. None is
+    the service itself, which sees every job.
+    """
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     # ── submitting and reading ───────────────────────────────────────────────────────────────────
 
-    def submit(self, new: NewJob, *, idempotency: Idempotency | None = None) -> tuple[Job, bool]:
+    def submit(
+        self, new: NewJob, *, idempotency: Idempotency | None = None, by: Caller | None = None
+    ) -> tuple[Job, bool]:
         """Insert a queued job. (the earlier job, False) where the same key came with the same request before.
 
-        Raises ``idempotency_mismatch`` where it came with another request.
+        ``by`` is for the audit; whose the job is stands in ``new``. Raises ``idempotency_mismatch`` where the key came
+        with another request.
         """
         try:
             with self.database.write() as connection:
                 if idempotency is not None and (earlier := rows.earlier(connection, idempotency)) is not None:
                     return earlier, False
-                return rows.insert_job(connection, new, idempotency), True
+                job = rows.insert_job(connection, new, idempotency)
+                _record(connection, by, "submitted", job.id)
+                return job, True
         except IntegrityError:
             # On PostgreSQL two first requests may both find nothing; the unique index lets one of them in.
             if idempotency is None or (found := self.earlier(idempotency)) is None:
@@ -59,10 +69,10 @@ class Jobs:
         with self.database.read() as connection:
             return rows.earlier(connection, idempotency)
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str, *, by: Caller | None = None) -> Job:
         """The job as it is now."""
         with self.database.read() as connection:
-            return rows.get(connection, job_id)
+            return rows.get(connection, job_id, by=by)
 
     def list(
         self,
@@ -71,9 +81,12 @@ class Jobs:
         method: str | None = None,
         limit: int = 50,
         cursor: str | None = None,
+        by: Caller | None = None,
     ) -> Page:
         """Jobs, newest first, ``limit`` a page. A bad cursor is ``request_invalid``."""
         conditions: Conditions = [jobs.c.deleted_at.is_(None)]
+        if by is not None and by.sees is not None:
+            conditions.append(jobs.c.owner == by.sees)
         if status is not None:
             wanted = [status] if isinstance(status, str) else status
             conditions.append(jobs.c.status.in_([str(one) for one in wanted]))
@@ -93,13 +106,13 @@ class Jobs:
         page = tuple(found[:limit])
         return Page(jobs=page, next_cursor=rows.write_cursor(page[-1]) if more else None)
 
-    def events(self, job_id: str, *, after: int = 0, limit: int = 200) -> Sequence[Event]:
+    def events(self, job_id: str, *, after: int = 0, limit: int = 200, by: Caller | None = None) -> Sequence[Event]:
         """The job's events numbered above ``after``, oldest first."""
         statement = (
             select(events).where(events.c.job_id == job_id, events.c.id > after).order_by(events.c.id).limit(limit)
         )
         with self.database.read() as connection:
-            rows.get(connection, job_id)
+            rows.get(connection, job_id, by=by)
             return [Event(**row._mapping) for row in connection.execute(statement)]
 
     def shards(self, job_id: str) -> Sequence[Shard]:
@@ -116,14 +129,20 @@ class Jobs:
 
     # ── from outside ─────────────────────────────────────────────────────────────────────────────
 
-    def request_cancel(self, job_id: str) -> Job:
+    def request_cancel(self, job_id: str, *, by: Caller | None = None) -> Job:
         """Cancel a queued job, ask a running one to stop. Idempotent; ``conflict`` once it succeeded or failed."""
-        return self._outside(job_id, transitions.request_cancel)
+        with self.database.write() as connection:
+            job = rows.get(connection, job_id, by=by, lock=True)
+            written = rows.apply(connection, job, transitions.request_cancel(job, clock(connection)))
+            if written.version != job.version:
+                _record(connection, by, "cancelled", job_id)
+            return written
 
-    def delete(self, job_id: str) -> Job:
+    def delete(self, job_id: str, *, by: Caller | None = None) -> Job:
         """Hide a finished job, else ``conflict``. Its files are the caller's or the janitor's to delete."""
         with self.database.write() as connection:
-            job = rows.get(connection, job_id, lock=True)
+            job = rows.get(connection, job_id, by=by, lock=True)
+            _record(connection, by, "deleted", job_id)
             written = rows.apply(connection, job, transitions.delete(job, clock(connection)))
             # The key may be used again: it must not lead to a job nobody can see.
             connection.execute(delete(idempotency).where(idempotency.c.job_id == job_id))
@@ -235,12 +254,12 @@ class Jobs:
 
     # ── how a rule is applied ────────────────────────────────────────────────────────────────────
 
-    def _outside(self, job_id: str, rule: Rule) -> Job:
-        with self.database.write() as connection:
-            job = rows.get(connection, job_id, lock=True)
-            return rows.apply(connection, job, rule(job, clock(connection)))
-
     def _held(self, job_id: str, token: str, rule: Rule) -> Job:
         with self.database.write() as connection:
             job = rows.get_held(connection, job_id, token)
             return rows.apply(connection, job, rule(job, clock(connection)))
+
+
+def _record(connection: Connection, by: Caller | None, action: str, job_id: str) -> None:
+    if by is not None:
+        audit.record(connection, by, action, job_id)

@@ -7,6 +7,7 @@ from app.artifacts.store import LocalStore
 from app.errors import MergeyardError
 from app.records.job import Job
 from app.records.jobs import Jobs
+from app.records.key import Caller
 from app.sources.resolver import MergedFiles
 
 
@@ -23,10 +24,10 @@ def artifact_files(job: Job, store: LocalStore) -> dict[str, StoredFile]:
     return {file.name: file for file in (manifest, *listed)}
 
 
-def merged_files(jobs: Jobs, store: LocalStore, job_id: str) -> MergedFiles:
-    """A published merge as a source (``merge:ID``). Raises ``source_not_found``."""
+def merged_files(jobs: Jobs, store: LocalStore, owner: str, job_id: str) -> MergedFiles:
+    """A published merge of ``owner`` as a source (``merge:ID``). Raises ``source_not_found``."""
     try:
-        job = jobs.get(job_id)
+        job = jobs.get(job_id, by=Caller(owner=owner, scopes=frozenset()))
     except MergeyardError as error:
         if error.code != "not_found":
             raise

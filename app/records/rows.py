@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import secrets
 from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
@@ -14,12 +13,12 @@ from sqlalchemy import Connection, Row, insert, select, update
 from app.errors import MergeyardError
 from app.records.database import clock
 from app.records.job import Idempotency, Job, LeaseLost, NewJob, Ring, Stage, Status
+from app.records.key import ALPHABET, Caller, random_text
 from app.records.tables import events, idempotency, jobs
 from app.records.transitions import Change, Happening
 
 HELD = (Status.RUNNING, Status.CANCELLING)
 _JOB_FIELDS = tuple(field.name for field in fields(Job))
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
 
 
 def read_job(row: Row[Any]) -> Job:
@@ -31,9 +30,14 @@ def read_job(row: Row[Any]) -> Job:
     return Job(**values)
 
 
-def get(connection: Connection, job_id: str, *, lock: bool = False) -> Job:
-    """The job, locked until the transaction ends where ``lock``. ``not_found`` for an unknown or deleted id."""
+def get(connection: Connection, job_id: str, *, by: Caller | None = None, lock: bool = False) -> Job:
+    """The job, locked until the transaction ends where ``lock``.
+
+    ``not_found`` for an id that is unknown, deleted or another owner's than ``by`` sees: nobody can tell which.
+    """
     statement = select(jobs).where(jobs.c.id == job_id, jobs.c.deleted_at.is_(None))
+    if by is not None and by.sees is not None:
+        statement = statement.where(jobs.c.owner == by.sees)
     row = connection.execute(statement.with_for_update() if lock else statement).one_or_none()
     if row is None:
         raise MergeyardError("not_found", "There is no merge with this id.")
@@ -143,8 +147,8 @@ def ring(job: Job) -> Ring:
 def new_id(now: datetime) -> str:
     """``mrg-``, 10 characters of milliseconds, 16 random ones: sorts by time, and cannot be guessed."""
     milliseconds = int(now.timestamp() * 1000)
-    moment = "".join(_ALPHABET[milliseconds >> shift & 31] for shift in range(45, -1, -5))
-    return f"mrg-{moment}{''.join(secrets.choice(_ALPHABET) for _ in range(16))}"
+    moment = "".join(ALPHABET[milliseconds >> shift & 31] for shift in range(45, -1, -5))
+    return f"mrg-{moment}{random_text(16)}"
 
 
 def write_cursor(job: Job) -> str:

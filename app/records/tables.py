@@ -107,6 +107,7 @@ jobs = Table(
     CheckConstraint("(artifact IS NOT NULL) = (status = 'succeeded')", name="artifact"),
     Index(None, "created_at", "id"),
     Index(None, "status", "created_at", "id"),
+    Index(None, "owner", "created_at", "id"),
 )
 
 shards = Table(
@@ -139,4 +140,53 @@ idempotency = Table(
     Column("key", String(255), primary_key=True),
     Column("request_hash", String(64), nullable=False),
     _job(nullable=False, index=True),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("sha256", String(64), nullable=False),  # of the whole key: the key itself is kept nowhere
+    Column("owner", String(96), nullable=False),
+    Column("note", String(200), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("replaces", String(16), ForeignKey("keys.id")),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime),
+    Column("revoked_at", UtcTime),
+    Column("last_used_at", UtcTime),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("sha256", String(64), primary_key=True),  # of the cookie
+    Column("key_id", String(16), ForeignKey("keys.id", ondelete="CASCADE"), nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("expires_at", UtcTime, nullable=False, index=True),
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("owner", String(96), primary_key=True),
+    Column("digest", String(64), primary_key=True),
+    Column("created_at", UtcTime, nullable=False),
+)
+
+# No foreign keys: an entry outlives the merge and the key that it names.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", RowNumber, primary_key=True, autoincrement=True),
+    Column("at", UtcTime, nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("owner", String(96), nullable=False),
+    Column("key_id", String(16)),
+    Column("request_id", String(100), nullable=False),
+    Column("subject", String(200), nullable=False),
+    Column("data", JSON, nullable=False),
+    Index(None, "owner", "id"),
+    Index(None, "action", "id"),
+    sqlite_autoincrement=True,
 )

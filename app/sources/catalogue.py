@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,11 @@ class CatalogueEntry:
     detail: str
 
 
-def catalogue(roots: Sequence[Path], uploads: Path | None) -> list[CatalogueEntry]:
-    """List every source by reference, without reading weights. Links that lead outside a root are passed over."""
+def catalogue(roots: Sequence[Path], uploads: Iterable[Path] = ()) -> list[CatalogueEntry]:
+    """List every source below ``roots`` and in the folders of ``uploads`` by reference, without reading weights.
+
+    Links that lead outside a root are passed over.
+    """
     found: dict[str, CatalogueEntry] = {}
     for root in roots:
         for folder in _folders(root.resolve()):
@@ -37,12 +40,10 @@ def catalogue(roots: Sequence[Path], uploads: Path | None) -> list[CatalogueEntr
             entry = _entry(folder, f"models:{name}")
             if entry and entry.reference not in found:  # the first root wins, as in resolving
                 found[entry.reference] = entry
-    if uploads is not None and uploads.is_dir():
-        for folder in sorted(uploads.iterdir()):
-            if folder.is_dir() and not folder.name.startswith("."):
-                entry = _entry(folder, f"upload:sha256-{folder.name}")
-                if entry:
-                    found[entry.reference] = entry
+    for folder in uploads:
+        entry = _entry(folder, f"upload:sha256-{folder.name}")
+        if entry:
+            found[entry.reference] = entry
     return sorted(found.values(), key=lambda entry: entry.reference)
 
 

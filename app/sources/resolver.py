@@ -25,13 +25,15 @@ class MergedFiles:
 class Resolver:
     """Where references lead.
 
-    ``roots`` are the allow-listed folders; ``uploads`` the content-addressed store; ``merges`` finds a published merge
-    by id, or raises `source_not_found`; ``local`` (only for local commands, never the service) lets bare references be
+    ``roots`` are the allow-listed folders; ``uploads`` the content-addressed store, of which ``may_use`` (of a digest,
+    sha256 hex) says what is there for whoever asks; ``merges`` finds a published merge by id, or raises
+    `source_not_found`; ``local`` (only for local commands, never the service) lets bare references be
     plain paths, absolute or relative to that folder.
     """
 
     roots: Sequence[Path] = ()
     uploads: Path | None = None
+    may_use: Callable[[str], bool] = lambda _: True
     merges: Callable[[str], MergedFiles] | None = None
     local: Path | None = None
 
@@ -63,8 +65,9 @@ class Resolver:
         match reference.scheme:
             case "upload":
                 if self.uploads is not None:
-                    upload = self.uploads / reference.name.removeprefix("sha256-")
-                    if upload.is_dir():
+                    digest = reference.name.removeprefix("sha256-")
+                    upload = self.uploads / digest
+                    if upload.is_dir() and self.may_use(digest):
                         return reference, list_files(upload, within=upload)
                 raise MergeyardError("source_not_found", f"{text} does not exist; upload the files again")
             case "merge":

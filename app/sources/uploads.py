@@ -34,12 +34,15 @@ class UploadedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """A finished upload. ``kind`` is ``model`` or ``adapter``; ``created`` is False where the same bytes were there."""
+    """A finished upload, by its ``digest`` (sha256 hex). ``kind`` is ``model`` or ``adapter``."""
 
-    reference: str
+    digest: str
     kind: str
     files: tuple[UploadedFile, ...]
-    created: bool
+
+    @property
+    def reference(self) -> str:
+        return f"upload:sha256-{self.digest}"
 
 
 class UploadStore:
@@ -125,19 +128,16 @@ class UploadDraft:
         lines = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(self._files.items()))
         digest = hashlib.sha256(lines.encode()).hexdigest()
         target = self._folder / digest
-        created = True
         try:
             self._staging.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
-            created = False  # the same bytes are there already
-            self.discard()
+            self.discard()  # the same bytes are there already
         return Upload(
-            reference=f"upload:sha256-{digest}",
+            digest=digest,
             kind=kind,
             files=tuple(self._files[name] for name in sorted(self._files)),
-            created=created,
         )
 
     def discard(self) -> None:

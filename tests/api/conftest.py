@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.records.database import Database
+from app.records.key import Caller, Scope
+from app.records.keys import Keys
 from app.settings import Settings
 from tests import servers
-from tests.api.serving import ServedApi, serving, write_sources
+from tests.api.serving import GuardedApi, ServedApi, serving, write_sources
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +54,32 @@ def fresh_api(database_url: str, tmp_path: Path, sources_root: Path, api_broker:
     """An API with nothing in it."""
     with serving(_settings(tmp_path / "data", database_url, sources_root, api_broker)) as served:
         yield served
+
+
+@pytest.fixture
+def guarded(fresh_api: ServedApi) -> Iterator[GuardedApi]:
+    """An API of the test's own with a key of every kind: alice's, bob's, an admin's, and those that open nothing."""
+    database = Database(fresh_api.settings.database)
+    found = Keys(database)
+
+    def make(owner: str, *scopes: Scope, **rest: Any) -> str:
+        return found.create(owner=owner, scopes=scopes, by=Caller(owner="cli:tests"), **rest).text
+
+    revoked = make("alice", *Scope)
+    found.revoke(revoked[4:16], by=Caller(owner="cli:tests"))
+    keys = {
+        "nobody": "",
+        "wrong": make("alice", *Scope)[:17] + "0" * 32,
+        "expired": make("alice", *Scope, expires_in=timedelta(0)),
+        "revoked": revoked,
+        "reader": make("alice", Scope.READ),
+        "merger": make("alice", Scope.MERGE),
+        "alice": make("alice", Scope.READ, Scope.MERGE),
+        "bob": make("bob", Scope.READ, Scope.MERGE),
+        "admin": make("root", Scope.ADMIN),
+    }
+    database.close()
+    yield GuardedApi(fresh_api, keys)
 
 
 def _settings(data: Path, database_url: str, root: Path, broker: str) -> Settings:

@@ -85,6 +85,22 @@ class ServedApi:
         return {"name": name, "key": key, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+@dataclass(frozen=True)
+class GuardedApi:
+    """An API with keys: ``keys`` by the names that the ``guarded`` fixture gives their holders."""
+
+    served: ServedApi
+    keys: Mapping[str, str]
+
+    def send(self, caller: str, method: str, path: str, **options: Any) -> httpx.Response:
+        """A request with the caller's key."""
+        headers = {**options.pop("headers", {}), **self.header(caller)}
+        return self.served.http.request(method, path, headers=headers, **options)
+
+    def header(self, caller: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.keys[caller]}"} if self.keys[caller] else {}
+
+
 def replace_fields(new: NewJob, changes: Mapping[str, Any]) -> NewJob:
     from dataclasses import replace
 

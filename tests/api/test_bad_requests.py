@@ -178,7 +178,7 @@ class TestALargeBody:
         place = urlsplit(api.url)
         with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
             connection.sendall(
-                b"POST /merges HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /merges HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n"
             )
             assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")

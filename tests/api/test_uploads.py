@@ -140,7 +140,7 @@ class TestABadUpload:
         place = urlsplit(api.url)
         with socket.create_connection((place.hostname, place.port), timeout=10) as connection:
             connection.sendall(
-                b"POST /uploads HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+                b"POST /uploads HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
                 b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
                 b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.safetensors"\r\n\r\n' + bytes(1000)
             )

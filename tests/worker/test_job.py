@@ -14,8 +14,11 @@ import pytest
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
-from app.records.job import Job, Status
+from app.records.job import Job, NewJob, Status
+from app.records.key import Caller
+from app.records.owned import OwnedUploads
 from app.records.upkeep import Upkeep
+from app.sources.uploads import UploadStore
 from tests.worker.yard import SHARDED, Yard, open_yard
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import load
@@ -285,3 +288,24 @@ def test_a_disk_that_is_full_when_a_file_begins_fails_the_job(
     assert attempt(place, job) is Ending.FAILED
     failed = yard.jobs.get(job.id)
     assert failed.error and failed.error["code"] == "disk_full" and yard.files(job) == []
+
+
+def test_a_source_that_belongs_to_another_owner_is_not_found_by_the_worker_either(
+    yard: Yard, place: Workplace, tiny_models: Path
+) -> None:
+    draft = UploadStore(yard.settings.uploads).begin()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        draft.add(name, [(tiny_models / "sql" / name).read_bytes()])
+    upload = draft.commit()
+    OwnedUploads(yard.jobs.database).add(upload.digest, by=Caller(owner="alice"))
+    merged = yard.submit(ring=False, owner="alice")
+    assert attempt(place, merged) is Ending.PUBLISHED
+    for changes in ({"base_model": f"merge:{merged.id}"}, {"models": [{"adapter": upload.reference}]}):
+        hers = yard.submit(ring=False, owner="alice", **changes)
+        assert attempt(place, hers) is Ending.PUBLISHED
+        # As if the API had let it through: the worker must not rely on that.
+        copied = {name: getattr(hers, name) for name in ("recipe", "resolved", "method", "plan_digest", "estimates")}
+        his, _ = yard.jobs.submit(NewJob(**copied, total_bytes=hers.total_bytes, owner="bob"))
+        assert attempt(place, his) is Ending.FAILED
+        failed = yard.jobs.get(his.id)
+        assert failed.error and failed.error["code"] == "source_not_found"

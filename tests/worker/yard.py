@@ -22,6 +22,7 @@ from app.records.database import Database
 from app.records.janitor import Janitor
 from app.records.job import Job, NewJob
 from app.records.jobs import Jobs
+from app.records.owned import resolver_of
 from app.settings import Settings
 from app.sources.resolver import Resolver
 from tests import tiny
@@ -40,10 +41,10 @@ class Yard:
     store: LocalStore
     janitor: Janitor
 
-    def submit(self, *, ring: bool = True, max_attempts: int = 3, **changes: Any) -> Job:
+    def submit(self, *, ring: bool = True, max_attempts: int = 3, owner: str = "local", **changes: Any) -> Job:
         """A merge of the tiny model, as the API submits one."""
         recipe = tiny.recipe(**changes)
-        plan = make_plan(parse_recipe(recipe), Resolver(roots=self.settings.roots, uploads=self.settings.uploads))
+        plan = make_plan(parse_recipe(recipe), self.resolver(owner))
         job, _ = self.jobs.submit(
             NewJob(
                 recipe=recipe,
@@ -54,11 +55,15 @@ class Yard:
                 total_bytes=plan.estimates.output_bytes,
                 queue=self.settings.queue,
                 max_attempts=max_attempts,
+                owner=owner,
             )
         )
         if ring:
             self.bell.ring(job.id, job.queue)
         return job
+
+    def resolver(self, owner: str) -> Resolver:
+        return resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store)
 
     def finish(self, job: Job, *, seconds: float = 60) -> Job:
         """The job, once it is finished."""

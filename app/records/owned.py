@@ -1,0 +1,63 @@
+"""What belongs to an owner besides merges: uploads. Equal uploads are one folder in the store, and a row an owner.
+
+The folder alone gives nobody anything: an upload exists for an owner once that owner has sent its bytes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from sqlalchemy import Select, exists, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from app.artifacts.store import LocalStore
+from app.records.audit import record
+from app.records.database import Database, clock
+from app.records.jobs import Jobs
+from app.records.key import Caller
+from app.records.published import merged_files
+from app.records.tables import uploads
+from app.settings import Settings
+from app.sources.resolver import Resolver
+
+
+class OwnedUploads:
+    """Who has uploaded what. A digest is the sha256 hex in ``upload:sha256-…``."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def add(self, digest: str, *, by: Caller) -> bool:
+        """The caller's owner has sent these bytes, which are in the store. False where they had before."""
+        try:
+            with self.database.write() as connection:
+                record(connection, by, "uploaded", f"upload:sha256-{digest}")
+                if connection.execute(_row(by.owner, digest)).scalar_one():
+                    return False
+                connection.execute(insert(uploads).values(owner=by.owner, digest=digest, created_at=clock(connection)))
+                return True
+        except IntegrityError:  # the same owner sent them twice at once; on PostgreSQL both find nothing
+            return False
+
+    def has(self, owner: str, digest: str) -> bool:
+        with self.database.read() as connection:
+            return bool(connection.execute(_row(owner, digest)).scalar_one())
+
+    def of(self, owner: str) -> frozenset[str]:
+        """The digests of everything the owner has uploaded."""
+        with self.database.read() as connection:
+            return frozenset(connection.scalars(select(uploads.c.digest).where(uploads.c.owner == owner)))
+
+
+def resolver_of(owner: str, *, settings: Settings, jobs: Jobs, store: LocalStore) -> Resolver:
+    """Where ``owner``'s recipes lead: the roots, and of uploads and merges their own alone, also for an admin's key."""
+    return Resolver(
+        roots=settings.roots,
+        uploads=settings.uploads,
+        may_use=partial(OwnedUploads(jobs.database).has, owner),
+        merges=partial(merged_files, jobs, store, owner),
+    )
+
+
+def _row(owner: str, digest: str) -> Select[tuple[bool]]:
+    return select(exists().where(uploads.c.owner == owner, uploads.c.digest == digest))
