@@ -45,7 +45,14 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
         service = open_service(settings)
-        janitor = Janitor(service.jobs, service.bell, settings.janitor_interval, service.store, service.uploads)
+        janitor = Janitor(
+            service.jobs,
+            service.bell,
+            settings.janitor_interval,
+            service.store,
+            service.uploads,
+            stalled_after=settings.stalled_seconds,
+        )
         api.state.service = service
         api.state.upload_limiter = CapacityLimiter(UPLOADS_AT_ONCE)
         janitor.start()

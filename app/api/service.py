@@ -77,7 +77,7 @@ class Service:
         """Raise `not_ready` unless the artifact store can be written to."""
         try:
             self.settings.artifacts.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.settings.artifacts, prefix=".ready-"):
+            with tempfile.TemporaryFile(dir=self.settings.artifacts):  # nameless: no kill can leave it behind
                 pass
         except OSError as error:
             message = f"The artifact store cannot be written to: {error.strerror}."

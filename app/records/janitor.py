@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from itertools import islice
 
 from app.artifacts.store import ArtifactStore
 from app.errors import MergeyardError
@@ -19,7 +21,8 @@ log = logging.getLogger("mergeyard.janitor")
 class Janitor:
     """Every ``interval`` seconds: free what dead workers hold, ring for what waits, sweep what is left over.
 
-    Any number may run at once. ``store`` None leaves the merges' files alone, ``uploads`` None the uploads'.
+    Any number may run at once. ``store`` None leaves the merges' files alone, ``uploads`` None the uploads'. A job that
+    its worker keeps alive without moving it for ``stalled_after`` seconds is taken away, too.
     """
 
     def __init__(
@@ -29,12 +32,16 @@ class Janitor:
         interval: float,
         store: ArtifactStore | None = None,
         uploads: UploadStore | None = None,
+        *,
+        stalled_after: float = 3600.0,
     ) -> None:
         self._upkeep = Upkeep(jobs.database)
         self._bell = bell
         self._interval = interval
         self._store = store
         self._uploads = uploads
+        self._stalled_after = stalled_after
+        self._lap: Iterator[str] = iter(())
         self._swept_up_to: Job | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="janitor", daemon=True)
@@ -51,7 +58,7 @@ class Janitor:
 
     def round(self) -> JanitorReport:
         """One round. A broker that is away costs the rings only: the rows wait for a later round."""
-        report = self._upkeep.round(ring_after=self._interval)
+        report = self._upkeep.round(ring_after=self._interval, stalled_after=self._stalled_after)
         for event, ids in (
             ("worker lost, requeued", report.requeued),
             ("worker lost, failed", report.failed),
@@ -88,10 +95,14 @@ class Janitor:
             self._uploads.sweep()
         if self._store is None:
             return
+        self._sweep_finished(self._store)
+        self._sweep_strays(self._store)
+
+    def _sweep_finished(self, store: ArtifactStore) -> None:
         found = self._upkeep.unswept(after=self._swept_up_to)
         for job, deleted in found:
             try:
-                sweep(job, self._store, deleted=deleted)
+                sweep(job, store, deleted=deleted)
             except OSError as error:  # a folder that cannot be deleted is nobody else's concern
                 log.warning("leftovers stay, a later round tries again: %s", error, extra={"merge": job.id})
             else:
@@ -99,9 +110,38 @@ class Janitor:
         # What stays is passed by, so that a whole batch of it does not hide the jobs behind it either.
         self._swept_up_to = found[-1][0] if len(found) >= BATCH else None
 
+    def _sweep_strays(self, store: ArtifactStore) -> None:
+        """Go over the whole store, a few folders a round: after its job was swept, an attempt that had lost it may have
+        written, and died before it could clean up.
+        """
+        folders = list(islice(self._lap, BATCH))
+        if not folders:
+            self._lap = store.folders()
+        for job_id in folders:
+            try:
+                sweep_strays(job_id, store, self._upkeep)
+            except OSError as error:
+                log.warning("strays stay, a later lap tries again: %s", error, extra={"merge": job_id})
+
 
 def sweep(job: Job, store: ArtifactStore, *, deleted: bool = False) -> None:
     """Delete the job's files but for those its artifact names; all of them where it was ``deleted``."""
-    artifact = {} if deleted or job.artifact is None else job.artifact
-    keep = {file["key"] for file in artifact.get("files", [])} | {artifact.get("manifest_key", "")} - {""}
-    store.delete_prefix(job.id, keep=keep)
+    store.delete_prefix(job.id, keep=frozenset() if deleted else job.artifact_keys)
+
+
+def sweep_strays(job_id: str, store: ArtifactStore, upkeep: Upkeep) -> None:
+    """Delete what no row accounts for below the job's folder.
+
+    A folder of a job that is not in the records at all is left alone: the store may be another database's.
+    """
+    keys = list(store.keys(job_id))  # before the row is read: what an attempt begins after that is not in the list
+    claims = upkeep.claims(job_id)
+    if claims is None:
+        log.warning("the store holds a folder of no merge in these records; it is left alone", extra={"merge": job_id})
+        return
+    strays = [key for key in keys if key not in claims.keys and key.split("/")[1] != claims.writing]
+    if claims.finished and (strays or not keys):
+        store.delete_prefix(job_id, keep=claims.keys)  # empty folders, too: nobody makes files in them any more
+        return
+    for key in strays:
+        store.delete(key)

@@ -69,6 +69,13 @@ class Job:
     finished_at: datetime | None
     updated_at: datetime
 
+    @property
+    def artifact_keys(self) -> frozenset[str]:
+        """Every key in the store that the artifact consists of; none before it is published."""
+        artifact = self.artifact or {}
+        named = {file["key"] for file in artifact.get("files", [])} | {artifact.get("manifest_key", "")}
+        return frozenset(named - {""})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:

@@ -8,6 +8,7 @@ each is taken in its own transaction, only if it is still a candidate under the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
@@ -15,9 +16,20 @@ from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, u
 from app.records import rows, transitions
 from app.records.database import Database, clock
 from app.records.job import JanitorReport, Job, Ring, Status
-from app.records.tables import jobs
+from app.records.tables import jobs, shards
 
 BATCH = 200  # rows of each kind in one round; the next round goes on
+# A deleted job's hidden row stays this long: by it the files of an attempt that wakes up late are known as strays.
+TOMBSTONE_SECONDS = 86_400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """What a job may have in the store: the ``keys`` it names, and all of the attempt (a token) that is ``writing``."""
+
+    keys: frozenset[str]
+    writing: str | None
+    finished: bool
 
 
 class Upkeep:
@@ -57,21 +69,36 @@ class Upkeep:
     def unswept(self, *, after: Job | None = None) -> list[tuple[Job, bool]]:
         """Finished jobs whose leftover files are still to be swept from the store, and whether each was deleted.
 
-        The oldest first, at most ``BATCH``, from the one that follows ``after``.
+        A deleted one comes twice: at once, and for the last time when its row has stayed for TOMBSTONE_SECONDS. The
+        oldest first, at most ``BATCH``, from the one that follows ``after``.
         """
         finished = [status for status in Status if status.finished]
-        wanted = and_(jobs.c.status.in_(finished), jobs.c.swept.is_(False))
-        if after is not None:
-            wanted &= tuple_(jobs.c.created_at, jobs.c.id) > tuple_(after.created_at, after.id)
-        statement = select(jobs).where(wanted).order_by(jobs.c.created_at, jobs.c.id).limit(BATCH)
         with self.database.read() as connection:
+            wanted = and_(jobs.c.status.in_(finished), or_(jobs.c.swept.is_(False), _forgotten(clock(connection))))
+            if after is not None:
+                wanted &= tuple_(jobs.c.created_at, jobs.c.id) > tuple_(after.created_at, after.id)
+            statement = select(jobs).where(wanted).order_by(jobs.c.created_at, jobs.c.id).limit(BATCH)
             return [(rows.read_job(row), row.deleted_at is not None) for row in connection.execute(statement)]
 
     def set_swept(self, job_id: str) -> None:
-        """The store holds nothing of the job but what is published. A deleted job's row goes now."""
+        """The store holds nothing of the job but what is published. A row deleted long enough ago goes now."""
         with self.database.write() as connection:
-            connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.deleted_at.is_not(None)))
+            connection.execute(delete(jobs).where(jobs.c.id == job_id, _forgotten(clock(connection))))
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(swept=True))
+
+    def claims(self, job_id: str) -> Claims | None:
+        """What the job may have in the store; None for an id that these records do not know."""
+        recorded = select(shards.c.key).where(shards.c.job_id == job_id)
+        with self.database.read() as connection:
+            row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+            if row is None:
+                return None
+            job = rows.read_job(row)
+            if not job.status.finished:
+                keys = frozenset(connection.scalars(recorded))
+            else:
+                keys = frozenset() if row.deleted_at is not None else job.artifact_keys
+        return Claims(keys=keys, writing=job.lease_token, finished=job.status.finished)
 
     def _suspects(self, stalled_after: float) -> Sequence[str]:
         with self.database.read() as connection:
@@ -104,6 +131,10 @@ class Upkeep:
                 update(jobs).where(jobs.c.id.in_(chosen), stale).values(rung_at=now).returning(jobs)
             ).all()
         return [rows.ring(job) for job in sorted(map(rows.read_job, found), key=lambda job: (job.created_at, job.id))]
+
+
+def _forgotten(now: datetime) -> ColumnElement[bool]:
+    return jobs.c.deleted_at < now - timedelta(seconds=TOMBSTONE_SECONDS)
 
 
 def _dead(now: datetime, stalled_after: float) -> ColumnElement[bool]:

@@ -74,6 +74,16 @@ def test_a_job_that_lives_but_does_not_move_is_taken_away(jobs: Jobs, upkeep: Up
     assert jobs.events(job.id)[-1].data == {"attempt": 1, "reason": "stalled"}
 
 
+def test_the_janitor_takes_stalled_jobs_away_by_its_own_measure(jobs: Jobs) -> None:
+    job = claimed(jobs)
+    time.sleep(0.1)
+    patient, strict = (Janitor(jobs, Nobody(), 60, stalled_after=seconds) for seconds in (60, 0.05))  # type: ignore[arg-type]
+    patient.round()
+    assert jobs.get(job.id).status is Status.RUNNING
+    strict.round()
+    assert jobs.get(job.id).status is Status.QUEUED
+
+
 def test_a_living_job_is_left_alone(jobs: Jobs, upkeep: Upkeep) -> None:
     job = claimed(jobs)
     assert upkeep.round(ring_after=0) == NOTHING
@@ -191,6 +201,88 @@ def test_sweeping_keeps_what_is_published_and_what_a_retry_can_use(
     assert len(list(store.keys(retried.id))) == 2, "a running attempt's files are its own"
     assert list(store.keys(failed.id)) == list(store.keys(deleted.id)) == []
     assert Upkeep(jobs.database).unswept() == []
+
+
+def late(jobs: Jobs, store: LocalStore, job: Job) -> str:
+    """The key of a file that an attempt of long ago wrote after everything was swept, before it was killed."""
+    assert Upkeep(jobs.database).unswept() == []
+    key = f"{job.id}/{'0' * 32}/model.safetensors"
+    write(store, key)
+    return key
+
+
+def lap(jobs: Jobs, store: LocalStore) -> None:
+    """One janitor over the whole store: the first round lists it."""
+    janitor = Janitor(jobs, Nobody(), interval=60, store=store)  # type: ignore[arg-type]
+    for _ in range(2):
+        janitor.round()
+
+
+class Nobody:
+    """A bell that nobody hears."""
+
+    def waiting(self, queue: str) -> int:
+        return 0
+
+    def ring(self, job_id: str, queue: str, priority: int = 0) -> None:
+        pass
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_what_a_killed_late_attempt_wrote_after_the_sweep_is_swept_too(
+    jobs: Jobs, tmp_path: Path, deleted: bool
+) -> None:
+    store, job = LocalStore(tmp_path / "store"), claimed(jobs)
+    kept = f"{job.id}/{job.lease_token}/kept"
+    write(store, kept)
+    jobs.publish(
+        job.id, job.lease_token or "", {"manifest_key": kept, "files": [{"name": "kept", "key": kept, "sha256": "0"}]}
+    )
+    if deleted:
+        jobs.delete(job.id)
+    lap(jobs, store)
+    late(jobs, store, job)
+    lap(jobs, store)
+    assert list(store.keys(job.id)) == ([] if deleted else [kept])
+    assert deleted != (store.folder / job.id).exists()
+
+
+def test_strays_beside_a_running_attempt_go_and_its_own_files_stay(jobs: Jobs, tmp_path: Path) -> None:
+    store, first = LocalStore(tmp_path / "store"), claimed(jobs)
+    recorded, torn = (f"{first.id}/{first.lease_token}/{name}" for name in ("recorded", "torn"))
+    file = StoredFile(name="recorded", key=recorded, size=4, sha256="0")
+    jobs.record_shard(first.id, first.lease_token or "", file, {})
+    jobs.hand_back(first.id, first.lease_token or "")
+    second = jobs.claim(first.id, lease_seconds=60)
+    assert second is not None
+    writing = f"{first.id}/{second.lease_token}/begun"
+    for key in (recorded, torn, writing):
+        write(store, key)
+    lap(jobs, store)
+    assert list(store.keys(first.id)) == sorted([recorded, writing])
+
+
+def test_a_folder_of_no_known_merge_is_left_alone(jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Or a service that was pointed at the wrong database would delete every artifact there is."""
+    store = LocalStore(tmp_path / "store")
+    write(store, "mrg-of-others/token/model.safetensors")
+    lap(jobs, store)
+    assert list(store.keys("mrg-of-others")) == ["mrg-of-others/token/model.safetensors"]
+    assert any("no merge in these records" in record.getMessage() for record in caplog.records)
+
+
+def test_a_deleted_jobs_row_goes_after_its_time_and_a_last_sweep(
+    jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, job = LocalStore(tmp_path / "store"), claimed(jobs)
+    jobs.fail(job.id, job.lease_token or "", MergeyardError("internal", "x"), retry=False)
+    jobs.delete(job.id)
+    lap(jobs, store)
+    assert Upkeep(jobs.database).claims(job.id) is not None
+    late(jobs, store, job)
+    monkeypatch.setattr("app.records.upkeep.TOMBSTONE_SECONDS", -1.0)
+    Janitor(jobs, Nobody(), interval=60, store=store).round()  # type: ignore[arg-type]
+    assert Upkeep(jobs.database).claims(job.id) is None and list(store.keys(job.id)) == []
 
 
 class Stubborn(LocalStore):

@@ -176,7 +176,10 @@ def test_an_attempt_that_lost_its_lease_writes_nothing_and_deletes_its_files(yar
 
 
 @pytest.mark.parametrize("row_is_gone", [False, True])
-def test_a_late_attempt_of_a_deleted_merge_leaves_nothing(yard: Yard, place: Workplace, row_is_gone: bool) -> None:
+def test_a_late_attempt_of_a_deleted_merge_leaves_nothing(
+    yard: Yard, place: Workplace, row_is_gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.records.upkeep.TOMBSTONE_SECONDS", -1.0)
     job = yard.submit(ring=False, **SHARDED)
 
     def lose() -> None:
