@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test benchmark lint format types clean
+.PHONY: setup demo test test-faults benchmark lint format types clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ test: $(STAMP)
 
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks.speed --quick
+
+# FAULTS takes its options: make test-faults FAULTS="--seed 7"
+test-faults: $(STAMP)
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
