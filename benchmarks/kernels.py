@@ -389,7 +389,7 @@ def lora_seconds(kernels: Kernels, device: str, *, layers: int) -> float:
 def ties(
     kernels: Kernels, base: torch.Tensor, deltas: Sequence[Product], result: torch.Tensor, found: torch.Tensor
 ) -> None:
-    """One tensor; exactly k of each source stay but for equals at the threshold, which are rare in products."""
+    """One tensor; k of each source stay, and whatever equals the k-th, which is rare among products."""
     k = int(DENSITY * len(base))
     brackets = [_bracket(kernels, delta) for delta in deltas]
     trims = []
@@ -397,7 +397,7 @@ def ties(
         if not above < k <= above + inside <= above + len(row):
             raise RuntimeError("a bracket missed the threshold, or held too much; the time would be another's")
         threshold = int(row[:inside].topk(k - above).values[-1])
-        trims.append(Trim(threshold=threshold, equals=1))
+        trims.append(Trim(threshold=threshold - 1))  # so that the k-th stays too
     kernels.merge(base, deltas, trims, [1.0] * len(deltas), RULE, result)
 
 

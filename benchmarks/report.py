@@ -25,14 +25,14 @@ from benchmarks.targets import TARGETS, Figure, Kernels, Target, floor_seconds
 PLOT = "speed.svg"
 COLOURS = ("#999999", "#bbbbbb", "#d9d9d9", "#d62728", "#ff9896", "#1f77b4", "#2ca02c", "#98df8a", "#9467bd")
 HOW = """\
-How: on the first two cores. A round runs every participant of every case once, one after the other, so that what
-slows the machine slows all of them alike. Before each run its sources are read once (page cache warm) and all that
-was written is synced. Times are of the work: the start of the process and its imports are in nobody's (the last
-column has the whole process), nor is Numba's compilation, which happens once a machine. Ours hashes every byte of
-its sources and of its result and syncs what it writes; no other does either. Memory is the peak of the sum over the
-process tree, looked at every 50 ms (at processes so large that looking slows them, less often), imports included;
-private is Private_Clean + Private_Dirty. Temporary disk is the most that lay in the run's folder, less the result.
-A peer that takes more than a minute runs twice; one that was stopped, after 600 s or at the end of memory, once.
+How: a round runs every participant of every case once, one after the other, so that what slows the machine slows
+all of them alike. Before each run its sources are read once (page cache warm) and all that was written is synced.
+Times are of the work: the start of the process and its imports are in nobody's (the last column has the whole
+process), nor is Numba's compilation, which happens once a machine. Ours hashes every byte of its sources and of its
+result and syncs what it writes; no other does either. Memory is the peak of the sum over the process tree, looked
+at every 50 ms (at processes so large that looking slows them, less often), imports included; private is
+Private_Clean + Private_Dirty. Temporary disk is the most that lay in the run's folder, less the result. A peer that
+takes more than a minute runs twice; one that was stopped, after the cap (600 s) or at the end of memory, once.
 
 The bare products are made in two ways: a fresh result each, as `torch.mm(B, A)` gives it, and all into one buffer
 that is there already (`out=`), which spares the page faults. ÷ floor is by the faster one, which is harder to be
@@ -142,7 +142,7 @@ def _places(value: float) -> int:
 
 
 def _size(value: int, *, least: bool) -> str:
-    return ("over " if least else "") + (f"{value / 1e9:.2f} GB" if value >= 5e6 else "–")
+    return "–" if value < 5e6 else ("over " if least else "") + f"{value / 1e9:.2f} GB"
 
 
 def plot(runs: Runs, cases: Sequence[Case], path: Path) -> None:

@@ -45,7 +45,7 @@ QUICK = {
 def main() -> None:
     options = _options()
     cases = chosen(options.cases, options.peers, quick=options.quick)
-    cores = sorted(os.sched_getaffinity(0))[:CORES]
+    cores = sorted(os.sched_getaffinity(0))[: options.cores]
     os.sched_setaffinity(0, cores)  # inherited by every process measured
     environments = options.environments or options.folder / "environments"
     kept = options.folder / ("runs-quick.jsonl" if options.quick else "runs.jsonl")
@@ -176,6 +176,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="*", default=[], choices=names, metavar="CASE", help=", ".join(names))
     parser.add_argument("--peers", nargs="*", choices=peers, metavar="PEER", help=", ".join(peers))
     parser.add_argument("--rounds", type=int, help="5, or 2 with --quick; 0 only shows what is kept")
+    parser.add_argument("--cores", type=int, default=CORES, help="that everybody may use")
     parser.add_argument("--cap", type=float, default=CAP, help="seconds after which a run is stopped")
     parser.add_argument(
         "--again", nargs="+", default=[], choices=PARTICIPANTS, metavar="NAME", help="forget the runs of"

@@ -14,14 +14,18 @@ from safetensors.torch import load_file
 from app.artifacts.manifest import MANIFEST_NAME
 from benchmarks import kernels, own, speed, synthetic
 from benchmarks.cases import Case, Model
+from benchmarks.job import Job
 from benchmarks.participants import PARTICIPANTS
+from benchmarks.peers import article, peft_merge
 from benchmarks.report import targets_table, write_report
 from benchmarks.runs import Run, Runs
 from benchmarks.targets import MAIN
 from benchmarks.watch import Watched, watch
 from tests import tiny
+from tests.engine.merges import merge, plan_of, tensors_of
 from worker.engine.kernels import load
 
+SOURCES = [{"adapter": f"models:{name}"} for name in tiny.ADAPTERS]
 OWN = ("cp", "products", "ours")
 
 
@@ -139,8 +143,9 @@ def test_a_peer_runs_in_every_round_twice_when_long_and_once_when_stopped() -> N
     assert rounds(run("ours", whole=61.0), "ours") == 5
 
 
+@pytest.mark.timeout(60)  # what is not stopped would hold the pipes open for ten minutes
 def test_a_run_over_its_time_is_stopped_with_all_its_processes(tmp_path: Path) -> None:
-    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     found = watch([sys.executable, "-c", script], folder=tmp_path, run=tmp_path, cap=1.0)
     assert found.outcome == "over time"
 
@@ -161,10 +166,10 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_what_ours_writes_unhashed_has_the_bytes_of_what_it_hashes(made: Path, case: Case, tmp_path: Path) -> None:
     folders = {}
-    for name, merge in {"hashed": own.merge, "unhashed": own.merge_unhashed}.items():
+    for name, way in {"hashed": own.merge, "unhashed": own.merge_unhashed}.items():
         (tmp_path / name).mkdir()
         job = case.job(made, tmp_path / name)
-        merge(job)
+        way(job)
         folders[name] = {path.name: path.read_bytes() for path in Path(job.out).iterdir()}
         assert MANIFEST_NAME in folders[name]
         del folders[name][MANIFEST_NAME]  # it holds the digests, and the recipe's paths
@@ -199,6 +204,48 @@ def test_a_peer_without_an_environment_is_named_before_anything_runs(
     with pytest.raises(SystemExit):
         speed.require_environments([replace(case, participants=("cp", "article"))], tmp_path)
     assert f"benchmarks/peers/environment.sh peft {tmp_path / 'peft'}" in capsys.readouterr().err
+
+
+def test_the_articles_script_gives_the_numbers_of_our_dialect_of_its_name(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    with torch.no_grad():
+        article.merge(job)
+    plan = plan_of(tmp_path, tiny.recipe(parameters={"dialect": "article", "density": job.density}, models=SOURCES))
+    merge(plan, tmp_path / "ours")
+    theirs, ours = tensors_of(Path(job.out)), tensors_of(tmp_path / "ours")
+    assert theirs.keys() == ours.keys()
+    differing = sum(int((theirs[name] - ours[name]).abs().gt(1e-6).sum()) for name in ours)
+    changed = sum(int(values.ne(load_base(job)[name]).sum()) for name, values in ours.items())
+    assert differing < 0.01 * changed  # its δ is rounded twice, so a threshold may fall to a neighbour
+
+
+@pytest.mark.parametrize("way", ["ties", "ties_svd"])
+def test_peft_merges_the_adapters_into_a_checkpoint_of_the_bases_tensors(way: str, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path)
+    peft_merge.merge(way, job)
+    merged, base = tensors_of(Path(job.out)), load_base(job)
+    assert merged.keys() == base.keys()
+    changed = {name.split(".")[-2] for name in base if not merged[name].equal(base[name])}
+    assert changed == set(synthetic.TARGETS)
+
+
+def tiny_job(folder: Path) -> Job:
+    """Two adapters of a tiny model in float32."""
+    base = tiny.write_llama(folder / tiny.BASE, dtype=torch.float32)
+    adapters = [tiny.write_lora(base, folder / name, seed=seed) for seed, name in enumerate(tiny.ADAPTERS)]
+    return Job(
+        base=str(base),
+        adapters=tuple(map(str, adapters)),
+        finetunes=(),
+        density=0.5,
+        recipe="",
+        out=str(folder / "out"),
+        scratch="",
+    )
+
+
+def load_base(job: Job) -> dict[str, torch.Tensor]:
+    return tensors_of(Path(job.base))
 
 
 @pytest.mark.timeout(60)

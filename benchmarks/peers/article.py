@@ -1,8 +1,8 @@
 """The article's script, in our own writing from its description, names put right: ``… article JOB``.
 
-Each adapter is merged into a fresh copy of the base; the task vectors of all parameters are kept in float32 side by
-side, trimmed tensor by tensor to the ``density`` share of largest magnitude, kept where all N are non-zero and of one
-sign, averaged over N, and added to the base. Run in PEFT's environment.
+Each adapter is merged into a fresh copy of the base; what that changes in every parameter is trimmed, tensor by tensor,
+to the ``density`` share of largest magnitude; all task vectors are held in float32 side by side, kept where all N are
+non-zero and of one sign, averaged over N, and added to the base. Run in PEFT's environment.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ def main() -> None:
 
 def merge(job: Job) -> None:
     base = load(job)
-    vectors = [task_vector(base, job, adapter) for adapter in job.adapters]
-    trimmed = [{name: trim(delta, job.density) for name, delta in vector.items()} for vector in vectors]
+    vectors = [trimmed_task_vector(base, job, adapter) for adapter in job.adapters]
     for name, parameter in base.named_parameters():
-        parameter.add_(elect_and_merge([vector[name] for vector in trimmed]).to(parameter.dtype))
+        parameter.add_(elect_and_merge([vector[name] for vector in vectors]).to(parameter.dtype))
     base.save_pretrained(job.out)
 
 
@@ -41,11 +40,13 @@ def load(job: Job) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(job.base, dtype="auto")
 
 
-def task_vector(base: PreTrainedModel, job: Job, adapter: str) -> TaskVector:
+def trimmed_task_vector(base: PreTrainedModel, job: Job, adapter: str) -> TaskVector:
     """Fine-tuned minus base, of every parameter."""
     tuned = PeftModel.from_pretrained(load(job), adapter).merge_and_unload()
     own = dict(tuned.named_parameters())
-    return {name: own[name].float() - parameter.float() for name, parameter in base.named_parameters()}
+    return {
+        name: trim(own[name].float() - parameter.float(), job.density) for name, parameter in base.named_parameters()
+    }
 
 
 def trim(delta: torch.Tensor, density: float) -> torch.Tensor:

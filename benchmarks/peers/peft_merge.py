@@ -33,7 +33,6 @@ def merge(way: str, job: Job) -> None:
     adapted.add_weighted_adapter(
         names, [1.0] * len(names), "merged", combination_type=way, density=job.density, **further
     )
-    adapted.set_adapter("merged")
     adapted.merge_and_unload(adapter_names=["merged"]).save_pretrained(job.out)
 
 
