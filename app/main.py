@@ -11,9 +11,11 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.routing import Route
 
 import app
-from app.api import docs, errors, files, health, merges, openapi, sources, uploads
+from app.api import audit, docs, errors, files, health, merges, openapi, session, sources, uploads
 from app.api.callers import Callers
+from app.api.failures import Failures
 from app.api.gate import Gate
+from app.api.limits import RateLimits
 from app.api.middleware import BodyLimit, RequestIds
 from app.api.service import Service
 from app.artifacts.store import LocalStore
@@ -24,6 +26,7 @@ from app.records.janitor import Janitor
 from app.records.jobs import Jobs
 from app.records.keys import Keys
 from app.records.owned import OwnedUploads
+from app.records.sessions import Sessions
 from app.settings import Settings
 from app.sources.uploads import UploadStore
 
@@ -60,6 +63,8 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             await run_in_threadpool(janitor.stop)
+            await run_in_threadpool(service.failures.flush)
+            service.limits.close()
             service.bell.close()
             service.database.close()
 
@@ -77,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
     api.add_middleware(BodyLimit, default=settings.max_body_bytes, limits={"/uploads": settings.max_upload_bytes})
     api.add_middleware(Gate)
     api.add_middleware(RequestIds)
-    routers = [resource.router for resource in (merges, files, uploads, sources, health, docs)]
+    routers = [resource.router for resource in (merges, files, uploads, sources, session, audit, health, docs)]
     for router in routers:
         api.include_router(router)
     openapi.install(api)
@@ -90,7 +95,7 @@ def open_service(settings: Settings) -> Service:
     database = Database(settings.database)
     jobs = Jobs(database)
     store = LocalStore(settings.artifacts)
-    keys = Keys(database)
+    keys, sessions, entries = Keys(database), Sessions(database), Audit(database)
     return Service(
         settings=settings,
         database=database,
@@ -100,6 +105,9 @@ def open_service(settings: Settings) -> Service:
         uploads=UploadStore(settings.uploads),
         uploaded=OwnedUploads(database),
         keys=keys,
-        audit=Audit(database),
-        callers=Callers(keys),
+        sessions=sessions,
+        audit=entries,
+        callers=Callers(keys, sessions),
+        limits=RateLimits(settings),
+        failures=Failures(entries),
     )

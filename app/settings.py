@@ -29,6 +29,10 @@ class Settings(BaseSettings):
     janitor_seconds: float = Field(0.0, ge=0, description="Between janitor rounds; 0: half a lease, at most 10 s")
     max_body_bytes: int = Field(2_000_000, ge=1000, description="Largest recipe or envelope accepted")
     max_upload_bytes: int = Field(20_000_000_000, ge=1)
+    rate_requests: int = Field(1200, ge=0, description="Requests a minute with one key; 0: no limit")
+    rate_writes: int = Field(240, ge=0, description="Of these, what is not GET or HEAD; 0: no limit")
+    rate_failures: int = Field(30, ge=0, description="Wrong keys a minute from one address; 0: no limit")
+    session_hours: float = Field(12.0, gt=0, le=24 * 30, description="How long a page stays signed in")
     queue: str = Field("default", description="The queue this worker serves")
 
     @field_validator("artifact_store")

@@ -18,7 +18,7 @@ from typing import Any, Self
 import httpx
 
 from mergeyard.answers import ApiError, EventPage, FileList, Merge, MergePage, Plan, SourceList, Upload, read_error
-from mergeyard.download import OnProgress, fetch_all
+from mergeyard.download import LONGEST_PAUSE, OnProgress, fetch_all
 
 FINISHED = frozenset({"succeeded", "failed", "cancelled"})
 RETRIED_STATUSES = frozenset({429, 502, 503, 504})
@@ -183,7 +183,7 @@ class Client:
                     return response
                 if last or response.status_code not in RETRIED_STATUSES:
                     raise read_error(response, repeated=attempt > 0)
-                pause = min(_retry_after(response, default=pause), MAX_POLL_SECONDS)  # noqa: PLW2901
+                pause = min(_retry_after(response, default=pause), LONGEST_PAUSE)  # noqa: PLW2901
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 

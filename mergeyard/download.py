@@ -17,6 +17,7 @@ from mergeyard.answers import ApiError, File, FileList, read_error
 MANIFEST = "mergeyard.json"
 PART = ".part"
 PIECE_BYTES = 1 << 20
+LONGEST_PAUSE = 60.0  # a rate limit counts minutes
 TRANSIENT = frozenset({429, 502, 503, 504})
 
 OnProgress = Callable[[int, int, str], None]  # bytes here and verified or on their way, bytes in all, the file's name
@@ -95,7 +96,7 @@ def _complete(http: httpx.Client, file: File, part: Path, retries: int, on_size:
                 if failures > retries:
                     message = f"{file['name']} could not be fetched: {error or type(error).__name__}"
                     raise ApiError("unreachable", 0, f"{message}; run it again to go on from there.") from None
-                time.sleep(0.25 * 2**failures)
+                time.sleep(max(0.25 * 2**failures, getattr(error, "after", 0.0)))
             except _RestartError:
                 stream.truncate(0)
                 stream.seek(0)
@@ -110,7 +111,11 @@ class _RestartError(Exception):
 
 
 class _TransientError(Exception):
-    """The service answered that it cannot just now."""
+    """The service answered that it cannot just now, and perhaps ``after`` how many seconds it can."""
+
+    def __init__(self, message: str, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
 
 
 def _pieces(http: httpx.Client, file: File, start: int) -> Iterator[bytes]:
@@ -119,7 +124,9 @@ def _pieces(http: httpx.Client, file: File, start: int) -> Iterator[bytes]:
         headers |= {"Range": f"bytes={start}-", "If-Range": f'"{file["sha256"]}"'}
     with http.stream("GET", file["url"], headers=headers) as response:
         if response.status_code in TRANSIENT:
-            raise _TransientError(f"the service answered {response.status_code}")
+            wait = response.headers.get("retry-after", "")
+            after = min(float(wait), LONGEST_PAUSE) if wait.isdigit() else 0.0
+            raise _TransientError(f"the service answered {response.status_code}", after)
         if not response.is_success:
             response.read()
             raise read_error(response)

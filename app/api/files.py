@@ -13,9 +13,10 @@ from app.api.archive import tar_segments
 from app.api.callers import Reading
 from app.api.merges import Id, Problem
 from app.api.schemas import FileList
-from app.api.service import Serving
+from app.api.service import Service, Serving
 from app.api.transfer import Stored, serve
 from app.errors import MergeyardError
+from app.records.key import Caller
 
 # Everything else goes out as bytes: a browser must never run what came with somebody's model.
 CONTENT_TYPES = {
@@ -58,7 +59,9 @@ async def download(caller: Reading, id: Id, path: str, request: Request, serving
         "Content-Type": CONTENT_TYPES.get(PurePosixPath(file.name).suffix, "application/octet-stream"),
         "Repr-Digest": f"sha-256=:{digest}:",
     }
-    return await serve(request, [Stored(file.key, file.size)], serving.store, etag=f'"{file.sha256}"', headers=headers)
+    etag = f'"{file.sha256}"'
+    response = await serve(request, [Stored(file.key, file.size)], serving.store, etag=etag, headers=headers)
+    return await _recorded(response, request, serving, caller, id, path)
 
 
 @router.get("/archive.tar", response_class=Response, summary="Download everything as one tar", responses=DOWNLOAD)
@@ -72,4 +75,15 @@ async def archive(caller: Reading, id: Id, request: Request, serving: Serving) -
         "Content-Disposition": f'attachment; filename="{id}.tar"',
     }
     etag = f'"tar-{job.artifact["manifest_sha256"]}"'
-    return await serve(request, tar_segments(files.values()), serving.store, etag=etag, headers=headers)
+    response = await serve(request, tar_segments(files.values()), serving.store, etag=etag, headers=headers)
+    return await _recorded(response, request, serving, caller, id, "archive.tar")
+
+
+async def _recorded(
+    response: Response, request: Request, serving: Service, caller: Caller, id: str, name: str
+) -> Response:
+    """The response, after the audit says who is about to get bytes of which file."""
+    if request.method == "GET" and response.status_code in (200, 206):
+        data = {"file": name, "range": request.headers.get("range", "")[:100]}
+        await run_in_threadpool(serving.audit.add, caller, "downloaded", id, data)
+    return response

@@ -5,13 +5,18 @@ Here and not in each endpoint, so that a path which nobody thought of is closed.
 
 from __future__ import annotations
 
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from collections.abc import Mapping
 
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.callers import Presented, presented
 from app.api.errors import problem_response
+from app.api.limits import NO_LIMIT, Quota
 from app.api.service import Service
 from app.errors import MergeyardError
+from app.records.key import Caller
 
 # Probes carry no keys: /healthz and /readyz say which part works, and nothing about anybody's merges. The API's
 # description is as public as the package that it comes with.
@@ -19,7 +24,7 @@ OPEN = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 
 
 class Gate:
-    """Puts the Caller into ``request.state.caller``, or answers why not."""
+    """Puts the Caller into ``request.state.caller``, or answers why not. Counts requests, and says what is left."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -28,14 +33,45 @@ class Gate:
         if scope["type"] != "http" or scope["path"] in OPEN:
             await self._app(scope, receive, send)
             return
-        service: Service = scope["app"].state.service
-        request_id, client = scope["state"]["request_id"], (scope["client"] or (None,))[0]
-        headers = Headers(scope=scope)
-        try:
-            caller = await run_in_threadpool(service.callers.recognise, scope["method"], headers, client, request_id)
-        except MergeyardError as error:
-            response = problem_response(error, instance=scope["path"], request_id=request_id)
-            await response(scope, receive, send)
+        request = presented(scope)
+        answer, quota = await run_in_threadpool(admit, scope["app"].state.service, request)
+
+        async def send_with_quota(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(quota.headers)
+            await send(message)
+
+        if isinstance(answer, Caller):
+            scope["state"]["caller"] = answer
+            await self._app(scope, receive, send_with_quota)
             return
-        scope["state"]["caller"] = caller
-        await self._app(scope, receive, send)
+        response = problem_response(
+            answer, instance=scope["path"], request_id=request.request_id, headers=_waiting(quota)
+        )
+        await response(scope, receive, send_with_quota)
+
+
+def admit(service: Service, request: Presented) -> tuple[Caller | MergeyardError, Quota]:
+    """The caller, or why there is none, and what is left of their quota. Nobody is counted while there are no keys."""
+    try:
+        caller = service.callers.recognise(request)
+    except MergeyardError as error:
+        text = request.bearer if request.bearer is not None else request.cookie
+        if error.status != 401 or text is None or error.code == "key_required":
+            return error, NO_LIMIT
+        service.failures.note(error.code, text, address=request.address, request_id=request.request_id)
+        quota = service.limits.of_failure(request.address)
+        return (error if quota.retry_after is None else _too_many(quota)), quota
+    if caller.key_id is None:
+        return caller, NO_LIMIT
+    quota = service.limits.of_key(caller.key_id, writes=request.writes)
+    return (caller if quota.retry_after is None else _too_many(quota)), quota
+
+
+def _too_many(quota: Quota) -> MergeyardError:
+    message = f"Too many requests in a minute; send the next one in {quota.retry_after} s. The RateLimit header counts."
+    return MergeyardError("rate_limited", message)
+
+
+def _waiting(quota: Quota) -> Mapping[str, str]:
+    return {} if quota.retry_after is None else {"Retry-After": str(quota.retry_after)}

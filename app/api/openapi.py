@@ -10,12 +10,20 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from app.api.callers import cookie_name
 from app.api.errors import MEDIA_TYPE
 
 PROBLEM = {"$ref": "#/components/schemas/ProblemDocument"}
 REFUSALS = {
     "401": {"description": "No key, or one that is wrong, expired or revoked"},
     "403": {"description": "The key lacks the scope, or another site's page sent the request"},
+    "429": {"description": "Too many requests in a minute; Retry-After says when to send the next"},
+}
+SESSION = {
+    "type": "apiKey",
+    "in": "cookie",
+    "name": cookie_name("http"),
+    "description": f"Made by POST /session; over https it is {cookie_name('https')}. Writes send X-CSRF-Token, too.",
 }
 NEVER_SENT = ("HTTPValidationError", "ValidationError")  # FastAPI documents these; our handlers replace them
 
@@ -34,10 +42,13 @@ def install(api: FastAPI) -> None:
         for operations in document["paths"].values():
             for operation in operations.values():
                 if "security" in operation:
+                    scopes = operation["security"][0]["key"]
+                    operation["security"] = [{"key": scopes}, {"session": scopes}]
                     operation["responses"] |= {status: dict(answer) for status, answer in REFUSALS.items()}
                 for status, answer in operation["responses"].items():
                     if status.startswith(("4", "5")):
                         answer["content"] = {MEDIA_TYPE: {"schema": PROBLEM}}
+        document["components"]["securitySchemes"]["session"] = SESSION
         for name in NEVER_SENT:
             document["components"]["schemas"].pop(name, None)
         return document

@@ -11,6 +11,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from app.api.callers import Callers
+from app.api.failures import Failures
+from app.api.limits import RateLimits
 from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
 from app.errors import MergeyardError
@@ -24,6 +26,7 @@ from app.records.key import Caller
 from app.records.keys import Keys
 from app.records.owned import OwnedUploads, resolver_of
 from app.records.published import artifact_files
+from app.records.sessions import Sessions
 from app.records.upkeep import Upkeep
 from app.settings import Settings
 from app.sources.resolver import Resolver
@@ -44,8 +47,11 @@ class Service:
     uploads: UploadStore
     uploaded: OwnedUploads
     keys: Keys
+    sessions: Sessions
     audit: Audit
     callers: Callers
+    limits: RateLimits
+    failures: Failures
 
     def resolver(self, owner: str) -> Resolver:
         """Where the references of this owner's recipes lead."""

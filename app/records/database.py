@@ -89,7 +89,7 @@ def clock(connection: Connection) -> datetime:
     if connection.dialect.name == "sqlite":
         moment = connection.execute(text("SELECT strftime('%Y-%m-%d %H:%M:%f', 'now')")).scalar_one()
         return datetime.fromisoformat(moment).replace(tzinfo=UTC)
-    moment = connection.execute(text("SELECT clock_timestamp()").columns(now=UtcTime)).scalar_one()
+    moment = connection.execute(text("SELECT clock_timestamp() AS now").columns(now=UtcTime)).scalar_one()
     return cast(datetime, moment)
 
 

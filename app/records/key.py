@@ -1,12 +1,13 @@
-"""The records' words for access: scopes, keys, and whoever calls."""
+"""The records' words for access: scopes, keys, sessions, and whoever calls."""
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal
@@ -59,6 +60,20 @@ class NewKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """``text`` is the cookie's value; its sha256 is all that is kept of it."""
+
+    text: str = field(repr=False)
+    key: Key
+    expires_at: datetime
+
+    @property
+    def csrf_token(self) -> str:
+        """What only pages of ours can send beside the cookie: derived from it, and it is kept from scripts."""
+        return hmac.new(self.text.encode(), b"csrf", hashlib.sha256).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
     """Whoever asks for something, as rights and the audit know them. ``key_id`` None: nobody needs a key yet."""
 
@@ -66,6 +81,7 @@ class Caller:
     key_id: str | None = None
     scopes: frozenset[Scope] = EVERY_SCOPE
     request_id: str = ""
+    session: Session | None = None  # where a page's cookie stands for the key
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or Scope.ADMIN in self.scopes

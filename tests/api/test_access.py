@@ -36,6 +36,10 @@ EXPECTED = {
     ("head", "/merges/{id}/archive.tar"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
     ("post", "/uploads"): (401, 401, 401, 401, 403, 201, 200, 201, 201),
     ("get", "/sources"): (401, 401, 401, 401, 200, 403, 200, 200, 200),
+    ("get", "/audit"): (401, 401, 401, 401, 403, 403, 403, 403, 200),
+    ("post", "/session"): (401, 401, 401, 401, 201, 201, 201, 201, 201),
+    ("get", "/session"): (401, 401, 401, 401, 200, 200, 200, 200, 200),
+    ("delete", "/session"): (401, 401, 401, 401, 204, 204, 204, 204, 204),
     ("get", "/healthz"): (200,) * 9,
     ("get", "/readyz"): (200,) * 9,
 }
@@ -59,7 +63,7 @@ def test_a_route_lets_in_whom_it_should(guarded: GuardedApi, method: str, path: 
             assert answer.headers["www-authenticate"].startswith('Bearer realm="mergeyard"')
             assert invalid == (caller != "nobody")
         elif answer.status_code == 403:
-            scope = "merge" if caller == "reader" else "read"
+            scope = "admin" if path == "/audit" else "merge" if caller == "reader" else "read"
             problem(answer, 403, f"scope_{scope}_required")
             assert f'error="insufficient_scope", scope="{scope}"' in answer.headers["www-authenticate"]
         elif answer.status_code == 404:

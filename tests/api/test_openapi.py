@@ -88,6 +88,8 @@ def test_every_path_of_the_issue_is_there() -> None:
         "/merges/{id}/archive.tar": ["get", "head"],
         "/uploads": ["post"],
         "/sources": ["get"],
+        "/session": ["delete", "get", "post"],
+        "/audit": ["get"],
         "/healthz": ["get"],
         "/readyz": ["get"],
     }
@@ -101,6 +103,8 @@ def test_every_answer_has_its_documented_shape(api: ServedApi) -> None:
         f"/merges/{merge.id}/events": "/merges/{id}/events",
         f"/merges/{merge.id}/files": "/merges/{id}/files",
         "/sources": "/sources",
+        "/session": "/session",
+        "/audit": "/audit",
         "/healthz": "/healthz",
         "/readyz": "/readyz",
     }.items():
@@ -140,7 +144,7 @@ def test_the_commands_on_the_page_run(api: ServedApi) -> None:
     merge = api.published({"config.json": b"{}"})
     page = unescape(api.http.get("/docs").text)
     commands = re.findall(r"<pre>(curl .*?)</pre>", page, re.DOTALL)
-    assert len(commands) == 20
+    assert len(commands) == 24
     for command in commands:
         if "-F" in command or "-X" in command:  # files that are not here, and what ends the merge
             continue

@@ -50,6 +50,12 @@ class TestRetries:
         assert client(lambda _: answers.pop(0)).get("mrg-1")["id"] == "mrg-1"
         assert pauses == [2.0]
 
+    def test_a_rate_limit_is_waited_for(self, pauses: list[float]) -> None:
+        answers = [refusing("rate_limited", 429), httpx.Response(200, json={"id": "mrg-1"})]
+        answers[0].headers["retry-after"] = "41"
+        assert client(lambda _: answers.pop(0)).get("mrg-1")["id"] == "mrg-1"
+        assert pauses == [41.0]
+
     def test_an_unreachable_service_is_said_to_be(self) -> None:
         def handler(_: httpx.Request) -> httpx.Response:
             raise httpx.ConnectError("refused")

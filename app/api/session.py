@@ -1,0 +1,60 @@
+"""/session: a cookie for pages, made from a key. A page cannot keep a key safe from its scripts; such a cookie is."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.callers import Known, cookie_name
+from app.api.schemas import SessionDocument
+from app.api.service import Serving
+from app.errors import MergeyardError
+
+router = APIRouter(prefix="/session", tags=["session"])
+
+
+@router.post("", status_code=201, response_model=SessionDocument, summary="Sign in")
+def open_session(caller: Known, serving: Serving, request: Request, response: Response) -> SessionDocument:
+    """Send a key as Bearer; the answer sets a cookie with the same rights. With the cookie, whatever is not GET or HEAD
+    needs the answer's `csrf_token` as `X-CSRF-Token`. It ends by time, by DELETE, or with its key.
+    """
+    if caller.key_id is None or caller.session is not None:
+        message = "A session is made from a key: send one as `Authorization: Bearer mrg_…`."
+        raise MergeyardError("key_required", message, where="header.Authorization")
+    session = serving.sessions.open(timedelta(hours=serving.settings.session_hours), by=caller)
+    secure = request.url.scheme == "https"
+    response.set_cookie(
+        cookie_name(request.url.scheme),
+        session.text,
+        expires=session.expires_at,
+        path="/",
+        secure=secure,
+        httponly=True,
+        samesite="strict",  # also not for a link from elsewhere: such a page asks again, from its own origin
+    )
+    response.headers["Cache-Control"] = "no-store"
+    return SessionDocument.of(caller, session)
+
+
+@router.get("", response_model=SessionDocument, summary="Who am I?")
+def get_session(caller: Known, response: Response) -> SessionDocument:
+    """The owner and scopes of the key or the session that is sent; of a session its `csrf_token`, too."""
+    response.headers["Cache-Control"] = "no-store"
+    return SessionDocument.of(caller, caller.session)
+
+
+@router.delete("", status_code=204, response_class=Response, summary="Sign out")
+def close_session(caller: Known, serving: Serving, request: Request) -> Response:
+    """Ends the cookie's session. Without one there is nothing to end."""
+    if caller.session is not None:
+        serving.sessions.close(caller.session, by=caller)
+    signed_out = Response(status_code=204)
+    signed_out.delete_cookie(
+        cookie_name(request.url.scheme),
+        path="/",
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+    return signed_out
