@@ -126,7 +126,7 @@ class TestMerge:
         assert (ran.code, ran.json["error"]["code"]) == (1, "source_not_finite")
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
-    def test_on_a_device_this_version_does_not_use_is_a_wrong_request(self, recipe: Path, tmp_path: Path) -> None:
+    def test_on_a_device_this_machine_has_not_is_a_wrong_request(self, recipe: Path, tmp_path: Path) -> None:
         ran = mergeyard("merge", recipe, tmp_path / "out", "--device", "cuda", "--json")
         assert (ran.code, ran.json["error"]["code"]) == (2, "not_supported")
 

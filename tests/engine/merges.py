@@ -15,8 +15,9 @@ from app.planning.plan import Plan
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
 from app.sources.resolver import Resolver
+from tests.engine.rooms import room as kernels_of
 from worker.engine.digests import DigestCache
-from worker.engine.kernels import Room, load
+from worker.engine.kernels import Room
 from worker.engine.run import build_manifest, run_merge, write_manifest
 from worker.engine.sinks import FolderSink
 
@@ -63,7 +64,7 @@ def merge(
         output = run_merge(
             plan,
             sink,
-            kernels=load(room),
+            kernels=kernels_of(room),
             threads=threads,
             control=control or Watch(),
             digests=DigestCache(cache),

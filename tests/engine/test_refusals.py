@@ -262,6 +262,16 @@ def test_too_little_memory_is_named(root: Path, monkeypatch: pytest.MonkeyPatch)
     assert refusal(lambda: merge(plan_of(root, recipe()), root / "out")).code == "out_of_memory"
 
 
+def test_too_little_memory_of_the_gpu_is_named_as_such(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(type(load("cpu")), "merge", too_much)
+    found = refusal(lambda: merge(plan_of(root, recipe()), root / "out"))
+    assert found.code == "out_of_memory"
+    assert "The GPU" in str(found)
+
+
 def test_an_unforeseen_failure_in_a_thread_is_raised_and_leaves_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 import app
 from app.artifacts.manifest import MANIFEST_NAME, Manifest, SourceRecord, StoredFile, TensorStatistics
 from app.errors import NO_SPACE, MergeyardError
@@ -111,7 +113,7 @@ def merge_to_folder(
 ) -> Manifest:
     """Merge into the folder ``out``, which appears whole or not at all.
 
-    Raises what ``run_merge`` raises, ``output_exists``, and ``not_supported`` for a device this version cannot use.
+    Raises what ``run_merge`` raises, ``output_exists``, and ``not_supported`` for a device that this machine has not.
     """
     with _user_errors(plan), FolderSink(out, needs=plan.estimates.output_bytes) as sink:
         output = run_merge(
@@ -164,6 +166,12 @@ def _user_errors(plan: Plan) -> Iterator[None]:
             "disk_full",
             f"The result needs {plan.estimates.output_bytes} bytes, and the output's disk or quota has no room left; "
             "free some space and merge again.",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise MergeyardError(
+            "out_of_memory",
+            "The GPU has too little free memory for this merge; end what else uses it (nvidia-smi lists that), or use "
+            "the device cpu.",
         ) from error
     except (MemoryError, RuntimeError) as error:
         # torch has no type of its own for this on the CPU
