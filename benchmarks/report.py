@@ -72,11 +72,16 @@ def machine(runs: Runs, cores: int) -> str:
     )
     commits = sorted({run.commit for run in runs.all() if PARTICIPANTS[run.participant].role == "ours" and run.commit})
     days = sorted({run.began[:10] for run in runs.all()})
+    flattering = (
+        "\n\n**The machine was busy.** torch's threads wait for one another, so the floor and the peers suffer more "
+        "from that than we do, and every ratio flatters us."
+    )
     return (
         f"Machine: {cpu_name()}, {os.cpu_count()} cores of which {cores} are used, "
         f"{psutil.virtual_memory().total / 1e9:.0f} GB of memory, Linux {platform.release()}; Python "
         f"{platform.python_version()}, torch {version('torch')}, Numba {version('numba')}; {busy}. "
         f"Runs of {', '.join(days) or 'no day'}; ours at {', '.join(commits) or 'no commit'}."
+        + (flattering if max(loads, default=0.0) > cores + 1 else "")
     )
 
 

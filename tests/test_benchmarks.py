@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,14 @@ def test_a_figure_is_reached_missed_or_open(tmp_path: Path) -> None:
     assert mergekit.endswith("| ≥ 60 | over 120 | reached |")
     assert peft.endswith("| ≥ 3.00 | – | open |")
     assert private.endswith("| ≤ 700 MB | 1000 MB | **not reached** |")
+
+
+def test_figures_of_a_busy_machine_say_that_they_flatter_us(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs.jsonl")
+    runs.add(replace(run("ours"), load=2.9))  # what ours leaves behind on two cores
+    assert "flatters us" not in write_report(runs, [], folder=tmp_path, cores=2, into=None)
+    runs.add(replace(run("ours", 2), load=3.1))
+    assert "flatters us" in write_report(runs, [], folder=tmp_path, cores=2, into=None)
 
 
 def test_a_stopped_peer_that_ran_too_short_to_tell_leaves_its_figure_open(tmp_path: Path) -> None:
@@ -256,6 +265,13 @@ def test_every_kernel_meets_its_roofline_on_every_operand(monkeypatch: pytest.Mo
     assert len(found["rows"]) == 8 * 3 * 2
     shown = kernels.markdown(json.loads(json.dumps(found)))
     assert shown.count("\n| merge |") == 6
+
+
+def test_the_kernels_benchmark_needs_no_package_that_a_bare_gpu_machine_lacks() -> None:
+    script = "import sys, benchmarks.kernels; print(*{name.split('.')[0] for name in sys.modules})"
+    found = subprocess.run([sys.executable, "-c", script], cwd=speed.ROOT, capture_output=True, text=True, check=True)
+    lacking = {"matplotlib", "peft", "psutil", "pydantic", "safetensors", "sqlalchemy", "transformers"}
+    assert not lacking & set(found.stdout.split())
 
 
 def test_the_gpus_merge_over_8_billion_parameters_keeps_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
