@@ -1,10 +1,14 @@
-"""JSON as RFC 8259 has it: no key twice, no NaN, no infinity. Users' files and requests are read with this."""
+"""JSON as RFC 8259 has it: no key twice, no NaN, no infinity. Users' files and requests are read with this.
+
+And as this project writes it into files.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # as JSON escapes one; two of them in a row may be a pair
@@ -24,6 +28,11 @@ def loads_document(content: bytes) -> Any:
     if SURROGATE.search(content):
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def file_bytes(value: Mapping[str, Any]) -> bytes:
+    """JSON for a file: indented by two, in UTF-8, with a line feed at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def read_submission(media_type: str, body: bytes) -> Submission:
 
 def submitted(recipe: Recipe) -> dict[str, Any]:
     """The recipe as it was sent: what the user wrote and no defaults."""
-    return recipe.model_dump(mode="json", exclude_unset=True)
+    return recipe.as_sent()
 
 
 def _load(body: bytes) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class _Tables:
                 raise MergeyardError("adapter_vocabulary", message, where=source.where)
         return replace(
             slot,
-            dtype=slot.base.dtype,
+            dtype=slot.dtype or slot.base.dtype,
             base=self._tensor(slot.base, voters, base, base, specs),
             sources=tuple(
                 item if item.full is None else replace(item, full=self._tensor(item.full, voters, base, key, specs))

@@ -50,7 +50,7 @@ class Slot:
 
     ``levels`` are the parameters of slice, module and whole merge; ``position`` decides gradients and filters.
     ``based``: the recipe names a base for it. ``where`` its sources stand in the recipe; empty where it is only copied.
-    ``dtype`` is the stored type, where ``base`` is read as another.
+    ``dtype`` is the type that it has in the end, where that is not the one that ``base`` is read as.
     """
 
     name: str
@@ -101,7 +101,19 @@ def lay_out(recipe: Recipe, resolved: Resolved) -> tuple[Slot, ...]:
     for name, spec in resolved.base.tensors.items():
         if None not in covered and resolved.modules.of(name) not in covered:
             position = Position(name, None, 0)
-            slots.append(Slot(name=name, base=spec, position=position, sources=(), levels=(), based=False, where=""))
+            lasting = resolved.base.lasting.get(name)
+            slots.append(
+                Slot(
+                    name=name,
+                    base=spec,
+                    position=position,
+                    sources=(),
+                    levels=(),
+                    based=False,
+                    where="",
+                    dtype=lasting,
+                )
+            )
     order = {name: index for index, name in enumerate(resolved.base.tensors)}
     return tuple(sorted(slots, key=lambda slot: order.get(slot.name, len(order))))
 
@@ -139,6 +151,7 @@ def _whole(resolved: Resolved, part: ResolvedPart, levels: Levels) -> Iterator[S
                 levels=levels,
                 based=span.based,
                 where=span.where,
+                dtype=span.base.lasting.get(name),
             )
 
 
@@ -256,6 +269,7 @@ class _Stack:
             levels=(span.parameters, *levels),
             based=span.based,
             where=span.where,
+            dtype=span.base.lasting.get(spec.name),
         )
 
     def _alike(self, name: str, own: StoredTensor, spec: StoredTensor) -> bool:

@@ -18,7 +18,7 @@ from app.planning.tokenizer_files import (
 )
 from app.planning.vocabulary import Vocabulary
 from app.recipe import Recipe
-from app.sources.models import read_json
+from app.sources.models import read_document
 from app.sources.safetensors import DTYPE_BYTES
 from app.sources.source import SourceFile
 from app.sources.tokenizers import TOKENIZER_CONFIG, TOKENIZER_FILES
@@ -34,7 +34,7 @@ def cut_shards(tensors: Sequence[TensorPlan], limit: int) -> tuple[ShardPlan, ..
     groups: list[list[TensorPlan]] = []
     size = 0
     for tensor in tensors:
-        nbytes = _output_bytes(tensor)
+        nbytes = output_bytes(tensor)
         if not groups or (groups[-1] and size + nbytes > limit):
             groups.append([])
             size = 0
@@ -51,7 +51,8 @@ def cut_shards(tensors: Sequence[TensorPlan], limit: int) -> tuple[ShardPlan, ..
     )
 
 
-def _output_bytes(tensor: TensorPlan) -> int:
+def output_bytes(tensor: TensorPlan) -> int:
+    """What the tensor takes in its file."""
     return math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
 
 
@@ -64,7 +65,7 @@ def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
         factors = sum(_factor_bytes(item.lora) for item in tensor.contributions if item.lora)
         largest = max(largest, deltas + factors)
     return Estimates(
-        output_bytes=sum(_output_bytes(tensor) for tensor in tensors),
+        output_bytes=sum(output_bytes(tensor) for tensor in tensors),
         peak_memory_bytes=PROCESS_BYTES + largest,
         tensors=len(tensors),
         tensors_touched=len(touched),
@@ -107,7 +108,7 @@ def documents_of(
     documents["config.json"] = config if size is None else resized_config(config, size)
     for file in files.values():
         if file.name.endswith("_config.json") and file.name not in documents:
-            own = read_json(file.path, base.reference)
+            own = read_document(file, base.reference)
             moved = vocabulary is not None and file.name == "generation_config.json"
             value = renumbered(own, vocabulary) if vocabulary is not None and moved else own
             if "auto_map" in value or value != own:
@@ -116,7 +117,7 @@ def documents_of(
     if template is not None:
         written = documents.get(TOKENIZER_CONFIG)
         if written is None and TOKENIZER_CONFIG in files:
-            written = read_json(files[TOKENIZER_CONFIG].path, base.reference)
+            written = read_document(files[TOKENIZER_CONFIG], base.reference)
         documents |= template_documents(template, written if isinstance(written, Mapping) else None, files)
     stripped: dict[str, Document] = {
         name: value if isinstance(value, str) else {key: item for key, item in value.items() if key != "auto_map"}

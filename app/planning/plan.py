@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from app import strict_json
 from app.errors import Problem
+from app.sources.safetensors import Entry, header
 from app.sources.source import GatheredTensor, SourceFile, StoredTensor, TensorSpec
 
 Scalar = float | int | bool | str
 Document = Mapping[str, Any] | str  # JSON, or a text as it is
+
+
+def document_bytes(document: Document) -> bytes:
+    """As it is written."""
+    return document.encode() if isinstance(document, str) else strict_json.file_bytes(document)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +111,10 @@ class ShardPlan:
     filename: str
     tensors: tuple[TensorPlan, ...]
 
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """The header of a checkpoint's file."""
+        return header([Entry(tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors], metadata)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterPlace:
@@ -149,9 +160,13 @@ class PlannedSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimates:
-    """What the merge will take: bytes written, peak memory in bytes, tensors and parameters changed."""
+    """What the merge will take: bytes written, peak memory in bytes, tensors and parameters changed.
+
+    ``scratch_bytes``: what earlier documents write beside the result, until it is finished.
+    """
 
     output_bytes: int
+    scratch_bytes: int = 0
     peak_memory_bytes: int
     tensors: int
     tensors_touched: int
@@ -172,6 +187,10 @@ class Plan:
     ``digest`` is a sha256 over the resolved recipe, the pins of every file and the engine's version, and the merge's
     fingerprint. ``adapter``: the result is written as one; ``shards`` is then its one file, and its tensors are those
     of the base that change. ``warnings`` are problems that do not stop the merge.
+
+    ``earlier`` are the merges whose results this one reads, in the order in which they are made; a plan of theirs has
+    none itself, and is known by its ``reference`` to those that read it. Its shards hold what it changes: the rest is
+    read from where it lies.
     """
 
     method: str
@@ -187,6 +206,8 @@ class Plan:
     warnings: tuple[Problem, ...]
     digest: str
     adapter: AdapterPlan | None = None
+    earlier: tuple[Plan, ...] = ()
+    reference: str | None = None
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:

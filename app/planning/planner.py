@@ -1,15 +1,18 @@
 """Recipe + sources → Plan, or every problem at once. Only headers and configs are read.
 
-references → files (``resolving``) → slots (``layout``), in one vocabulary (``embedding``) → tensors with their
-parameters (here) → files (``output``).
+Document by document, each in one straight line: references → files (``resolving``) → slots (``layout``), in one
+vocabulary (``embedding``) → tensors with their parameters (here) → files (``output``), which later documents read
+(``earlier``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from app.errors import MergeyardError, Problem
 from app.planning.adapter_output import CONFIG_NAME, adapter_output, problems_of_adapter
+from app.planning.earlier import as_earlier
 from app.planning.embedding import align
 from app.planning.fingerprint import canonical_recipe, plan_digest
 from app.planning.grown import grow, vocabulary_size
@@ -21,10 +24,12 @@ from app.planning.plan import Contribution, Plan, PlannedSource, Scalar, TensorP
 from app.planning.resolving import ResolvedSource, resolve
 from app.planning.vocabulary import differing, plan_vocabulary
 from app.planning.warnings import warnings_of
-from app.recipe import Recipe
+from app.recipe import Recipe, SourceEntry
 from app.recipe.grammar import shard_bytes
 from app.recipe.methods import METHODS, MethodSpec
+from app.sources.references import split_adapter
 from app.sources.resolver import Resolver
+from app.sources.source import ModelSource
 
 
 def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
@@ -33,6 +38,72 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     Raises:
         MergeyardError: with every problem found, each with its place in the recipe.
     """
+    made: dict[str, ModelSource] = {}  # by what the recipe calls them
+    plans: list[Plan] = []
+    problems: list[Problem] = []
+    lost: set[str] = set()  # documents that cannot be planned, and those that need them
+    for document in (*recipe.earlier, recipe):
+        if lost.intersection(split_adapter(text)[0] for text in document.references()):
+            lost.add(document.name or "")
+            continue
+        try:
+            plans.extend(_bases_with_adapters(document, resolver, made))
+            plan = _plan_document(document, replace(resolver, documents=made))
+        except MergeyardError as error:
+            problems.extend(replace(problem, where=document.place(problem.where)) for problem in error.problems)
+            lost.add(document.name or "")
+            continue
+        plan = replace(plan, warnings=_placed(plan.warnings, document))
+        if document is not recipe:
+            plan, made[str(document.name)] = as_earlier(plan, document, str(document.name))
+        plans.append(plan)
+    if problems:
+        raise MergeyardError.of(problems)
+    return _together(plans, named=recipe.earlier)
+
+
+def _bases_with_adapters(document: Recipe, resolver: Resolver, made: dict[str, ModelSource]) -> Iterator[Plan]:
+    """What ``base_model: X+adapter`` stands for: a document of its own, the adapter merged into X.
+
+    ``made`` gains the models, whose problems are those of the place where they are named.
+    """
+    for where, text in document.bases():
+        base, adapter = split_adapter(text)
+        if adapter is None or text in made:
+            continue
+        known = replace(resolver, documents=made)
+        entry = SourceEntry(adapter=adapter)
+        own = Recipe(base_model=base, merge_method="task_arithmetic", models=(entry,), number=document.number)
+        try:
+            reference = known.canonical(text)
+            plan = _plan_document(own, known)
+        except MergeyardError as error:
+            raise MergeyardError.of([replace(problem, where=where) for problem in error.problems]) from None
+        plan = replace(plan, warnings=tuple(replace(item, where=document.place(where)) for item in plan.warnings))
+        plan, made[text] = as_earlier(plan, own, reference)
+        yield plan
+
+
+def _together(plans: Sequence[Plan], named: Sequence[Recipe]) -> Plan:
+    """The last plan, as that of the whole recipe: it is merged after the others, and its result is the only one."""
+    *earlier, last = plans
+    names = {document.name for document in named}
+    documents = [plan.recipe for plan in earlier if plan.reference in names]
+    return replace(
+        last,
+        recipe={"documents": [*documents, last.recipe]} if documents else last.recipe,
+        estimates=replace(
+            last.estimates,
+            scratch_bytes=sum(plan.estimates.output_bytes for plan in earlier),
+            peak_memory_bytes=max(plan.estimates.peak_memory_bytes for plan in plans),
+        ),
+        warnings=tuple(warning for plan in plans for warning in plan.warnings),
+        earlier=tuple(earlier),
+    )
+
+
+def _plan_document(recipe: Recipe, resolver: Resolver) -> Plan:
+    """One merge. The places of its problems are those in its document."""
     resolved = resolve(recipe, resolver)
     base, sources = resolved.base, resolved.sources
     problems: list[Problem] = []
@@ -47,6 +118,9 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     if recipe.output.kind == "adapter":
         grows = vocabulary is not None or size is not None
         problems.extend(problems_of_adapter(recipe, resolved, tensors, vocabulary_changes=grows))
+        if base.reference in {model.reference for model in resolver.documents.values()}:
+            message = f"An adapter for {base.reference} could not be loaded: that base goes when the merge is finished."
+            problems.append(Problem(code="not_supported", message=message, where="output.kind"))
     if problems:
         raise MergeyardError.of(_first_of_each(problems))
     resolved_recipe = canonical_recipe(recipe, resolved)
@@ -84,6 +158,10 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
         digest=plan_digest(resolved_recipe, [base_planned, *planned, *tokenizers], companions, documents),
         adapter=adapter,
     )
+
+
+def _placed(warnings: Sequence[Problem], document: Recipe) -> tuple[Problem, ...]:
+    return tuple(replace(warning, where=document.place(warning.where)) for warning in warnings)
 
 
 def _tensor(recipe: Recipe, slot: Slot, problems: list[Problem]) -> TensorPlan:

@@ -153,9 +153,6 @@ class _Resolving:
         return min(models, key=lambda pair: (pair[0].reference, _first_layer(pair[1])))
 
     def _base_model(self, text: str, where: str) -> ModelSource:
-        if split_adapter(text)[1]:
-            message = "A base with an adapter on it is not supported yet; merge the adapter into the base first"
-            raise MergeyardError("not_supported", message, where=where)
         try:
             return self._model(text)
         except MergeyardError as error:
@@ -346,6 +343,8 @@ class _Resolving:
     ) -> ResolvedSource:
         """A source of whole models: what it changes of the base."""
         model_text, adapter_text = split_adapter(entry.model) if entry.model else (None, entry.adapter)
+        if entry.model and self._is_model(entry, base):
+            model_text, adapter_text = entry.model, None  # the base may have an adapter on it
         aligned = self._recipe.vocabulary is not None
         model: ModelSource | None = None
         canonical: dict[str, str] = {}
@@ -369,7 +368,9 @@ class _Resolving:
     def _resolve_layers(self, entry: LayersEntry, where: str, named: ModelSource | None) -> ResolvedSource:
         """A source of a slice, by itself: an ``adapter`` there is the named base with it."""
         try:
-            if entry.model:
+            if entry.model and named is not None and self._is_model(entry, named):
+                model, adapter_text = named, None
+            elif entry.model:
                 model_text, adapter_text = split_adapter(entry.model)
                 model = self._model(model_text)
             elif named is not None:

@@ -265,7 +265,9 @@ def _source(
     if text in ("base", "union"):
         return (holders[base].tokenizer if base in holders else None), base
     try:
-        reference = resolver.canonical(split_adapter(text)[0])
+        reference = resolver.canonical(text)
+        if reference not in holders:
+            reference = resolver.canonical(split_adapter(text)[0])
         if reference in holders:
             return holders[reference].tokenizer, reference
         companions = resolver.companions(reference)
@@ -303,11 +305,10 @@ def _settings(
         source = setting.source
         if source is not None and source.model is not None:
             try:
-                parts = [resolver.canonical(part) for part in split_adapter(source.model) if part]
+                key = names.get(resolver.canonical(source.model))
             except MergeyardError as error:
                 problems.extend(placed(error, where))
                 continue
-            key = names.get("+".join(parts))
             if key is None:
                 message = f"{source.model} is not merged here; name the base or one of `models`."
                 problems.append(Problem(code="recipe_invalid", message=message, where=where))

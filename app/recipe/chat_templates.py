@@ -62,6 +62,9 @@ def template_text(wanted: str) -> str | None:
 
 def check_chat_template(wanted: str) -> Problem | None:
     """A problem unless ``wanted`` is ``auto``, a known name or a text with Jinja in it."""
+    if any("\ud800" <= character <= "\udfff" for character in wanted):
+        message = "`chat_template` holds half a surrogate pair, which no file can; remove it."
+        return Problem(code="recipe_invalid", message=message, where="chat_template")
     if wanted == AUTO or template_text(wanted) is not None:
         return None
     known = ", ".join((AUTO, *CHAT_TEMPLATES))

@@ -105,8 +105,8 @@ class Output(_Strict):
         return {name: value for name, value in found.items() if value is not None}
 
 
-class Recipe(_Strict):
-    """A whole recipe. Unknown keys are refused; what a later version will do is refused by name."""
+class Document(_Strict):
+    """One merge as it is written. Unknown keys are refused; what a later version will do is refused by name."""
 
     base_model: str | None = Field(None, min_length=1, description="The model the sources were fine-tuned from")
     merge_method: str = Field(description="How to merge; docs/recipes.md lists the methods")
@@ -120,7 +120,7 @@ class Recipe(_Strict):
     tokenizer: Tokenizer | None = Field(None, description="The vocabulary of the result; default: the base's, unread")
     tokenizer_source: str | None = Field(None, description="Short for `tokenizer: {source: …}`")
     chat_template: str | None = Field(None, description="auto, a known name, or a Jinja template")
-    name: str | None = Field(None, description="A name for people")
+    name: str | None = Field(None, description="A name for people, and for later documents of the same recipe")
 
     @field_validator("base_model", mode="before")
     @classmethod
@@ -166,6 +166,25 @@ class Recipe(_Strict):
                 for index, layers in enumerate(item.sources):
                     yield f"{inside}slices[{number}].sources[{index}]", layers
 
+    def bases(self) -> Iterator[tuple[str, str]]:
+        """Every ``base_model``, with its place: the document's, and those of slices."""
+        if self.base_model:
+            yield "base_model", self.base_model
+        for where, part in self.parts.items():
+            inside = f"{where}." if where else ""
+            for number, item in enumerate(part.slices):
+                if item.base_model:
+                    yield f"{inside}slices[{number}].base_model", item.base_model
+
+    def references(self) -> Iterator[str]:
+        """Every text that names a model or an adapter."""
+        bases = (text for _, text in self.bases())
+        sources = (text for _, entry in self.entries() for text in (entry.model, entry.adapter))
+        tokens = self.vocabulary.tokens.values() if self.vocabulary else ()
+        lent = (setting.source.model for setting in tokens if setting.source)
+        lends = self.vocabulary.source if self.vocabulary else None
+        yield from (text for text in (*bases, *sources, lends, *lent) if text)
+
     def all_parameters(self) -> Iterator[Mapping[str, Any]]:
         """The parameters of every level."""
         yield self.parameters
@@ -174,6 +193,39 @@ class Recipe(_Strict):
             yield from (item.parameters for item in part.slices)
         for _, entry in self.entries():
             yield entry.parameters
+
+
+class Recipe(Document):
+    """A whole recipe: the merge whose result is written, and the ``earlier`` ones whose results it takes.
+
+    ``earlier`` stand in the order in which they can be merged: each after those that it names. ``number`` is a
+    document's place among all of them as they were sent, None where it is alone.
+    """
+
+    earlier: tuple[Recipe, ...] = ()
+    number: int | None = None
+
+    @classmethod
+    def of(cls, document: Document, number: int | None) -> Recipe:
+        """A document by itself. What was left out of it stays left out."""
+        values = {name: getattr(document, name) for name in Document.model_fields}
+        return cls.model_construct(document.model_fields_set, **values, number=number)
+
+    def place(self, where: str) -> str:
+        """A place in this document as a place in the whole recipe."""
+        if self.number is None:
+            return where
+        inside = f"documents[{self.number}]"
+        return f"{inside}.{where}" if where else inside
+
+    def as_sent(self) -> dict[str, Any]:
+        """What the author wrote, and no defaults; JSON-ready."""
+        documents = sorted((*self.earlier, self), key=lambda document: document.number or 0)
+        sent = [
+            document.model_dump(mode="json", exclude_unset=True, exclude={"earlier", "number"})
+            for document in documents
+        ]
+        return sent[0] if self.number is None else {"documents": sent}
 
 
 class Part(Protocol):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from app.errors import MergeyardError, Problem
 from app.recipe.chat_templates import check_chat_template
-from app.recipe.grammar import MAX_SOURCES, LayersEntry, ModuleEntry, Output, Part, Recipe, Slice, SourceEntry
+from app.recipe.documents import in_order
+from app.recipe.grammar import MAX_SOURCES, Document, LayersEntry, ModuleEntry, Output, Part, Recipe, Slice, SourceEntry
 from app.recipe.methods import METHODS, MethodSpec
-from app.recipe.text import bound, load
+from app.recipe.text import MAX_DOCUMENTS, bound, load
 from app.recipe.tokenizer import Tokenizer, TokenSetting, TokenSource
 from app.recipe.values import check_value
 
@@ -33,7 +35,7 @@ LATER_KEYS = {
 
 
 def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
-    """Parse YAML or JSON text, or a mapping made from it.
+    """Parse YAML or JSON text, or a mapping made from it: one document, or several under ``documents``.
 
     Raises:
         MergeyardError: with all problems: `recipe_syntax`, `unknown_key`, `unknown_method`, `no_sources`,
@@ -43,19 +45,55 @@ def parse_recipe(source: str | bytes | Mapping[str, Any]) -> Recipe:
     bound(raw)
     if not isinstance(raw, Mapping):
         raise MergeyardError("recipe_syntax", "A recipe is a mapping with `merge_method` and `models` at its top")
-    problems = [
+    problems: list[Problem] = []
+    recipe = _several(raw, problems) if "documents" in raw else _one(raw, None, problems)
+    if problems or recipe is None:
+        raise MergeyardError.of(problems[:MAX_PROBLEMS])
+    return recipe
+
+
+def _several(raw: Mapping[str, Any], problems: list[Problem]) -> Recipe | None:
+    """The result's recipe with those whose results it takes; None, and problems, where something is wrong."""
+    listed = raw["documents"]
+    for key in raw:
+        if key != "documents":
+            message = f"`{key}` stands beside `documents`; move it into the document that it is meant for."
+            problems.append(Problem(code="unknown_key", message=message, where=str(key)))
+    if not isinstance(listed, list) or not 0 < len(listed) <= MAX_DOCUMENTS:
+        message = f"`documents` lists 1 to {MAX_DOCUMENTS} recipes."
+        problems.append(Problem(code="recipe_invalid", message=message, where="documents"))
+        return None
+    documents = []
+    for number, item in enumerate(listed):
+        own: list[Problem] = []
+        if isinstance(item, Mapping):
+            documents.append(_one(item, number, own))
+        else:
+            message = "A document is a recipe, a mapping with `merge_method` at its top; remove it where it is empty."
+            own.append(Problem(code="recipe_invalid", message=message))
+        inside = f"documents[{number}]"
+        problems.extend(
+            replace(problem, where=f"{inside}.{problem.where}" if problem.where else inside) for problem in own
+        )
+    found = [document for document in documents if document is not None]
+    return None if problems else in_order(found, problems)
+
+
+def _one(raw: Mapping[str, Any], number: int | None, problems: list[Problem]) -> Recipe | None:
+    """One document, checked by itself; its problems' places are those in it."""
+    problems.extend(
         Problem(code="not_supported", message=f"`{key}` is not supported yet; {instead}.", where=key)
         for key, instead in LATER_KEYS.items()
         if raw.get(key) is not None
-    ]
+    )
     known = {str(key): value for key, value in raw.items() if key not in LATER_KEYS}
     try:
-        recipe = Recipe.model_validate(known)
+        document = Document.model_validate(known)
     except ValidationError as error:
-        raise MergeyardError.of((problems + _structural(error))[:MAX_PROBLEMS]) from None
-    recipe, more = _check(recipe)
-    if problems or more:
-        raise MergeyardError.of((problems + more)[:MAX_PROBLEMS])
+        problems.extend(_structural(error))
+        return None
+    recipe, more = _check(Recipe.of(document, number))
+    problems.extend(more)
     return recipe
 
 
@@ -83,7 +121,7 @@ def _model_at(location: Sequence[str | int]) -> type[BaseModel]:
     if location[0] == "tokenizer":
         return (Tokenizer, TokenSetting, TokenSource)[min(len(location) // 2 - 1, 2)]
     inside = [INSIDE[part] for part in location[:-1] if isinstance(part, str) and part in INSIDE]
-    return inside[-1] if inside else Recipe
+    return inside[-1] if inside else Document
 
 
 def _check(recipe: Recipe) -> tuple[Recipe, list[Problem]]:

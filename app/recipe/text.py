@@ -18,6 +18,7 @@ MAX_DEPTH = 32
 MAX_STRING = 2_000
 MAX_TEMPLATE = 64_000  # a chat template
 MAX_BITS = 256
+MAX_DOCUMENTS = 32
 
 
 class _Loader(yaml.CSafeLoader):
@@ -57,7 +58,10 @@ _Loader.add_implicit_resolver(
 
 
 def load(text: str | bytes) -> Any:
-    """YAML, of which JSON is nearly a subset; what looks like JSON is tried as that first."""
+    """YAML, of which JSON is nearly a subset; what looks like JSON is tried as that first.
+
+    Several documents, one after the other with ``---`` between, are what ``documents: [...]`` is.
+    """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
     except UnicodeDecodeError:
@@ -78,16 +82,14 @@ def load(text: str | bytes) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise MergeyardError("recipe_syntax", f"Not valid YAML: {str(error)[:200]}") from None
     if len(documents) > 1:
-        raise MergeyardError(
-            "not_supported", "Several documents in one recipe are not supported yet; send one at a time"
-        )
+        return {"documents": documents}
     return documents[0] if documents else None
 
 
 def bound(raw: Any) -> None:
     """Refuse what unfolds to more than any recipe needs (aliases of aliases, aliases of themselves)."""
     budget = MAX_NODES
-    template = raw.get("chat_template") if isinstance(raw, Mapping) else None
+    templates = _templates(raw)
     stack = [(raw, 0)]
     while stack:
         value, depth = stack.pop()
@@ -96,7 +98,7 @@ def bound(raw: Any) -> None:
             raise MergeyardError(
                 "recipe_syntax", "The recipe is too large or too deeply nested; check its anchors and aliases"
             )
-        longest = MAX_TEMPLATE if value is template else MAX_STRING
+        longest = MAX_TEMPLATE if any(value is template for template in templates) else MAX_STRING
         if isinstance(value, str) and len(value) > longest:
             raise MergeyardError("recipe_syntax", f"A text in the recipe is longer than {longest:,} characters")
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
@@ -105,3 +107,13 @@ def bound(raw: Any) -> None:
             stack.extend((item, depth + 1) for pair in value.items() for item in pair)
         elif isinstance(value, list):
             stack.extend((item, depth + 1) for item in value)
+
+
+def _templates(raw: Any) -> list[Any]:
+    """The chat templates of a recipe and of its documents, where they may be."""
+    if not isinstance(raw, Mapping):
+        return []
+    several = raw.get("documents")
+    documents = [raw, *(several[:MAX_DOCUMENTS] if isinstance(several, list) else ())]
+    found = [document.get("chat_template") for document in documents if isinstance(document, Mapping)]
+    return [template for template in found if isinstance(template, str)]

@@ -81,19 +81,30 @@ def pin(path: Path, name: str) -> SourceFile:
     return SourceFile(name=name, path=path, size=status.st_size, mtime_ns=status.st_mtime_ns, header_sha256=digest)
 
 
+def read_document(file: SourceFile, reference: str) -> dict[str, Any]:
+    """A JSON object from a file that may be another document's yet. Raises as ``read_json`` does."""
+    return read_json(file.path, reference) if file.content is None else _object(file.content, file.name, reference)
+
+
 def read_json(path: Path, reference: str) -> dict[str, Any]:
     """A JSON object from a source's file. Raises MergeyardError `source_format`, `source_not_found`."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise MergeyardError("source_format", f"{path.name} of {reference} is larger than {MAX_JSON_BYTES} bytes")
-        value = strict_json.loads_document(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         message = f"{path.name} of {reference} cannot be read: {error.strerror}"
         raise MergeyardError("source_not_found", message) from None
+    return _object(content, path.name, reference)
+
+
+def _object(content: bytes, name: str, reference: str) -> dict[str, Any]:
+    try:
+        value = strict_json.loads_document(content)
     except ValueError as error:
-        raise MergeyardError("source_format", f"{path.name} of {reference} is not valid JSON: {error}") from None
+        raise MergeyardError("source_format", f"{name} of {reference} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise MergeyardError("source_format", f"{path.name} of {reference} is not a JSON object")
+        raise MergeyardError("source_format", f"{name} of {reference} is not a JSON object")
     return value
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.errors import MergeyardError
 from app.sources.adapters import load_adapter
 from app.sources.models import companions_of, load_model
-from app.sources.references import Reference, parse_reference
+from app.sources.references import Reference, parse_reference, split_adapter
 from app.sources.source import AdapterSource, ModelSource, SourceFile
 
 
@@ -28,7 +28,8 @@ class Resolver:
     ``roots`` are the allow-listed folders; ``uploads`` the content-addressed store, of which ``may_use`` (of a digest,
     sha256 hex) says what is there for whoever asks; ``merges`` finds a published merge by id, or raises
     `source_not_found`; ``local`` (only for local commands, never the service) lets bare references be
-    plain paths, absolute or relative to that folder.
+    plain paths, absolute or relative to that folder. ``documents`` are the models that the recipe's other documents
+    make, by what it calls them; they are meant before anything else.
     """
 
     roots: Sequence[Path] = ()
@@ -36,28 +37,43 @@ class Resolver:
     may_use: Callable[[str], bool] = lambda _: True
     merges: Callable[[str], MergedFiles] | None = None
     local: Path | None = None
+    documents: Mapping[str, ModelSource] = field(default_factory=dict)
 
     def model(self, text: str) -> ModelSource:
         """A full model. Raises MergeyardError as `canonical` and `load_model` do."""
+        if text in self.documents:
+            return self.documents[text]
         reference, files = self._files(text)
         return load_model(files, str(reference))
 
     def adapter(self, text: str) -> AdapterSource:
         """A PEFT adapter. Raises MergeyardError as `canonical` and `load_adapter` do."""
+        if text in self.documents:
+            message = f"{text} is a document of this recipe, which makes a model; name it under `model:`"
+            raise MergeyardError("reference_invalid", message)
         reference, files = self._files(text)
         return load_adapter(files, str(reference))
 
     def companions(self, text: str) -> tuple[SourceFile, ...]:
         """What travels with a model's weights, where only that is wanted. Raises MergeyardError as `canonical` does."""
+        if text in self.documents:
+            return self.documents[text].companions
         _, files = self._files(text)
         return companions_of(files)
 
     def canonical(self, text: str) -> str:
         """The canonical form of a reference that exists (two spellings of one source become equal).
 
+        Of ``base+adapter`` both halves are put into theirs.
+
         Raises:
             MergeyardError: `reference_invalid`, `not_supported`, `path_outside_roots`, `source_not_found`.
         """
+        if text in self.documents:
+            return self.documents[text].reference
+        base, adapter = split_adapter(text)
+        if adapter is not None:
+            return f"{self.canonical(base)}+{self.canonical(adapter)}"
         return str(self._files(text)[0])
 
     def _files(self, text: str) -> tuple[Reference, Mapping[str, Path]]:

@@ -1,4 +1,4 @@
-"""safetensors headers, read without trusting them: no weights, no torch, bounded memory.
+"""safetensors headers: read without trusting them, and made. No weights, no torch, bounded memory.
 
 Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes without gaps.
 """
@@ -6,8 +6,9 @@ Format: 8 bytes little-endian header length, that many bytes of JSON, then the t
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,36 @@ class Header:
 
     file: SourceFile
     tensors: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a file that is to be written: its key, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def header(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """A header: the length (u64, little-endian) and JSON padded with spaces to 8 bytes. Tensors lie without gaps."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(path: Path, name: str = "") -> Header:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,9 @@ class SourceFile:
     ``name`` is what the file is called inside its model; ``path`` leads to its bytes and may be called anything, as in
     a hub cache, where names are links to blobs. ``header_sha256`` is that of a safetensors header (length prefix
     and JSON), or of the whole file for others.
+
+    What another document of the recipe will have made is a file too, before it is there. A small one has its
+    ``content`` from the start; of weights ``header_sha256`` stands for the plan that makes them.
     """
 
     name: str
@@ -26,6 +29,7 @@ class SourceFile:
     size: int
     mtime_ns: int
     header_sha256: str
+    content: bytes | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +134,17 @@ def assembled(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A full model: every tensor by name, ``config.json``, and the files that travel with it untouched."""
+    """A full model: every tensor by name, ``config.json``, and the files that travel with it untouched.
+
+    ``lasting``: the types that tensors are to have in the end, where they are stored in a wider one until then.
+    """
 
     reference: str
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
     files: tuple[SourceFile, ...]  # the weight shards, in the index's order
     companions: tuple[SourceFile, ...]  # config, generation config, tokenizer, chat template
+    lasting: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -167,7 +167,7 @@ def _bytes(file: SourceFile, reference: str) -> bytes:
     if file.size > MAX_JSON_BYTES:
         raise _invalid(file.name, reference, f"is larger than {MAX_JSON_BYTES} bytes")
     try:
-        content = file.path.read_bytes()
+        content = file.path.read_bytes() if file.content is None else file.content
     except OSError as error:
         message = f"{file.name} of {reference} cannot be read: {error.strerror}"
         raise MergeyardError("source_not_found", message) from None

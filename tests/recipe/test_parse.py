@@ -114,7 +114,7 @@ def test_a_misspelt_key_names_the_nearest_known_one(wrong: dict[str, Any], neare
         ("a: &a [*a]", "recipe_syntax"),
         ("!!python/object/apply:os.system [ls]", "recipe_syntax"),
         ("? [1, 2]\n: 3", "recipe_syntax"),
-        ("a: 1\n---\nb: 2", "not_supported"),
+        ("a: 1\n---\nb: 2", "recipe_invalid"),
         ("merge_method: nonsense\nmodels: [{model: a}]", "unknown_method"),
         ("merge_method: linear\nmodels: []", "no_sources"),
         ("merge_method: linear", "no_sources"),

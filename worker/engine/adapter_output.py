@@ -17,8 +17,9 @@ from app.errors import MergeyardError
 from app.planning.adapter_output import CONFIG_NAME, cannot_hold
 from app.planning.low_rank import is_low_rank
 from app.planning.plan import AdapterPlan, Plan, ShardPlan, TensorPlan
+from app.sources.safetensors import Entry, header
 from worker.engine.blocks import Block, cut
-from worker.engine.checkpoint import Buffers, Entry, ShardWriter, header
+from worker.engine.checkpoint import Buffers, ShardWriter
 from worker.engine.compression import Compressed, compress_blocks, compress_factors
 from worker.engine.deltas import Scratch
 from worker.engine.factoring import Factored, Factoring, read_factors, statistics_of

@@ -1,4 +1,4 @@
-"""Writing a safetensors checkpoint: headers, shards through one writer thread, and the index.
+"""Writing a safetensors checkpoint: shards through one writer thread, and the index.
 
 The bytes are a function of the plan and the values alone: tensors lie in the plan's order, each at its final offset,
 behind a header padded to eight bytes.
@@ -6,19 +6,17 @@ behind a header padded to eight bytes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
-from typing import Any
 
 import torch
 
+from app import strict_json
 from app.artifacts.manifest import StoredFile, TensorStatistics
-from app.planning.plan import Plan, ShardPlan, TensorPlan
+from app.planning.plan import Plan, TensorPlan
 from worker.engine.reader import dtype_of
 from worker.engine.sinks import FileWriter, Sink
 
@@ -30,41 +28,6 @@ def tensor_bytes(tensor: TensorPlan) -> int:
     return math.prod(tensor.shape) * dtype_of(tensor.dtype, tensor.name).itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor of an output file: its key, safetensors dtype and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * dtype_of(self.dtype, self.name).itemsize
-
-
-def header_of(shard: ShardPlan, metadata: Mapping[str, str]) -> bytes:
-    """The header of a checkpoint's shard."""
-    return header([Entry(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.tensors], metadata)
-
-
-def header(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors header: the length (u64, little-endian) and JSON padded with spaces to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def index_of(plan: Plan) -> bytes | None:
     """``model.safetensors.index.json``, or None for a checkpoint of one file."""
     if len(plan.shards) < 2:
@@ -74,12 +37,7 @@ def index_of(plan: Plan) -> bytes | None:
         "metadata": {"total_size": sum(map(tensor_bytes, plan.tensors))},
         "weight_map": dict(sorted(places.items())),
     }
-    return json_bytes(index)
-
-
-def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """JSON as this project writes it into files: indented by two, in UTF-8, with a line feed at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return strict_json.file_bytes(index)
 
 
 def write_file(sink: Sink, filename: str, content: bytes) -> StoredFile:

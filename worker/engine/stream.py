@@ -18,7 +18,7 @@ from app.planning.plan import Plan, ShardPlan, TensorPlan
 from worker.engine.adapter_output import AdapterWriting
 from worker.engine.blending import Blending
 from worker.engine.blocks import Block, Crew, cut
-from worker.engine.checkpoint import Buffers, ShardWriter, header_of, tensor_bytes
+from worker.engine.checkpoint import Buffers, ShardWriter, tensor_bytes
 from worker.engine.deltas import Deltas, ScratchPool
 from worker.engine.digests import SourceDigests
 from worker.engine.factoring import Factoring
@@ -98,7 +98,7 @@ class Stream:
                 self._plan, self._plan.adapter, self._resources, self._work, self._way, self._meter
             )
             return writing.write(shard, writer, buffers)
-        header = header_of(shard, self._plan.metadata)
+        header = shard.header(self._plan.metadata)
         size = len(header) + sum(map(tensor_bytes, shard.tensors))
         writer.begin(shard.filename, header, size)
         found = {}
