@@ -114,13 +114,14 @@ def show_warnings(warnings: Sequence[Mapping[str, object]]) -> None:
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
-    """Sources, what changes, what it takes, and what deserves a second look."""
-    rows = [("base", plan["base"]["reference"], size(plan["base"]["size"]), "")]
-    for index, source in enumerate(plan["sources"]):
-        changed = sum(index in tensor["sources"] for tensor in plan["touched"])
-        rows.append((source["role"], source["reference"], size(source["size"]), str(changed)))
-    _columns(("role", "reference", "size", "tensors it changes"), rows)
-    say("")
+    """Document by document the sources; then what changes, what it takes, and what deserves a second look."""
+    for document in plan["earlier"]:
+        written = size(document["estimates"]["output_bytes"])
+        say(f"{document['name']}: {document['method']}, {written} until the result is finished")
+        _show_sources(document)
+    if plan["earlier"]:
+        say(f"the result: {plan['method']}")
+    _show_sources(plan)
     estimates = plan["estimates"]
     facts = {
         "method": plan["method"],
@@ -130,6 +131,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         "peak memory": size(estimates["peak_memory_bytes"]),
         "fingerprint": plan["fingerprint"],
     }
+    if estimates["scratch_bytes"]:
+        facts["beside it, until it is finished"] = size(estimates["scratch_bytes"])
     _out().print(_pairs(facts))
     touched = [f"{tensor['name']} {tensor['dtype']} {tensor['shape']}" for tensor in plan["touched"]]
     for line in touched[:LONGEST_LIST]:
@@ -137,6 +140,15 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     if len(touched) > LONGEST_LIST:
         _out().print(Text(f"  … and {len(touched) - LONGEST_LIST} more; --json lists all", style="dim"))
     show_warnings(plan["warnings"])
+
+
+def _show_sources(document: Mapping[str, Any]) -> None:
+    rows = [("base", document["base"]["reference"], size(document["base"]["size"]), "")]
+    for index, source in enumerate(document["sources"]):
+        changed = sum(index in tensor["sources"] for tensor in document["touched"])
+        rows.append((source["role"], source["reference"], size(source["size"]), str(changed)))
+    _columns(("role", "reference", "size", "tensors it changes"), rows)
+    say("")
 
 
 def show_merged(out: Path, manifest: Manifest) -> None:

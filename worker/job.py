@@ -155,11 +155,11 @@ def _plan_again(place: Workplace, job: Job) -> Plan:
 def _check_room(place: Workplace, job: Job, plan: Plan) -> None:
     """Raise ``disk_full`` before hours of work rather than at their end."""
     kept = sum(shard.file.size for shard in place.jobs.shards(job.id))
-    needed, free = plan.estimates.output_bytes - kept, place.store.free()
+    needed, free = plan.estimates.disk_bytes - kept, place.store.free()
     if free is not None and free < needed:
         raise MergeyardError(
             "disk_full",
-            f"The result needs {needed} bytes and the artifact store has {free} left; free some space and merge again.",
+            f"The merge needs {needed} bytes and the artifact store has {free} left; free some space and merge again.",
         )
 
 

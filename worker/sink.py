@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.artifacts.store import ArtifactStore, StoreWriter
 from app.records.job import Job
 from app.records.jobs import Jobs
-from worker.engine.sinks import statistics_as_json, statistics_from_json
+from worker.engine.sinks import SCRATCH, statistics_as_json, statistics_from_json
 
 log = logging.getLogger("mergeyard.sink")
 
@@ -57,6 +59,21 @@ class StoreSink:
         """Begin a file of this attempt."""
         key = f"{self._job_id}/{self._token}/{filename}"
         return StoreFile(self, filename, key, self._store.create(key, size))
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Beside this attempt's files, so that it goes with them where this process cannot see to it.
+
+        What an attempt that died has left goes first: it may be as large as what is to come.
+        """
+        own = f"{self._job_id}/{self._token}/{SCRATCH}"
+        for folder in {key.partition(f"/{SCRATCH}/")[0] for key in self._store.keys(self._job_id) if SCRATCH in key}:
+            self._store.delete_prefix(f"{folder}/{SCRATCH}")
+        try:
+            yield self._store.scratch(own)
+        finally:
+            with contextlib.suppress(OSError):  # whoever ends the attempt deletes all that it left
+                self._store.delete_prefix(own)
 
     def record(self, file: StoredFile) -> None:
         """Keep a durable weight file for a retry. Small files are made anew in no time, and are not recorded."""

@@ -179,7 +179,7 @@ def _new_job(submission: Submission, plan: Plan, owner: str, max_attempts: int) 
         plan_digest=plan.digest,
         estimates=estimates(plan),
         warnings=[warning.as_json() for warning in plan.warnings],
-        total_bytes=plan.estimates.output_bytes,
+        total_bytes=plan.estimates.disk_bytes,
         queue=envelope.queue,
         priority=envelope.priority,
         owner=owner,

@@ -213,41 +213,43 @@ class PlannedShard(Document):
     size: int
 
 
-class MergePlan(Document):
-    """What a merge would do, found from headers alone."""
+class PlannedMerge(Document):
+    """One document of a recipe: what is merged, and what it would change and write."""
 
     method: str
-    fingerprint: str
     base: PlannedSourceDocument
     sources: list[PlannedSourceDocument]
     touched: list[PlannedTensor]
     shards: list[PlannedShard]
     estimates: dict[str, int]
+
+
+class EarlierMerge(PlannedMerge):
+    """A document whose result others read, by this ``name``, and which is no part of the artifact."""
+
+    name: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> EarlierMerge:
+        return cls(name=str(plan.reference), **_planned(plan))
+
+
+class MergePlan(PlannedMerge):
+    """What a merge would do, found from headers alone."""
+
+    fingerprint: str
     warnings: list[ProblemItem]
     recipe: dict[str, Any] = Field(description="The resolved recipe: it can be submitted as it is")
+    earlier: list[EarlierMerge] = Field(description="The recipe's documents before the last, in the order of merging")
 
     @classmethod
     def of(cls, plan: Plan) -> MergePlan:
-        touched = [
-            PlannedTensor(
-                name=tensor.name,
-                shape=list(tensor.shape),
-                dtype=tensor.dtype,
-                sources=[part.source for part in tensor.contributions if part.changes],
-            )
-            for tensor in plan.tensors
-            if any(part.changes for part in tensor.contributions)
-        ]
         return cls(
-            method=plan.method,
+            **_planned(plan),
             fingerprint=plan.digest,
-            base=PlannedSourceDocument.of(plan.base),
-            sources=[PlannedSourceDocument.of(source) for source in plan.sources],
-            touched=touched,
-            shards=[_shard(shard) for shard in plan.shards],
-            estimates=estimates(plan),
             warnings=[ProblemItem(**warning.as_json()) for warning in plan.warnings],
             recipe=dict(plan.recipe),
+            earlier=[EarlierMerge.of(document) for document in plan.earlier],
         )
 
 
@@ -358,6 +360,27 @@ def file_url(job_id: str, name: str) -> str:
 def estimates(plan: Plan) -> dict[str, int]:
     """The plan's estimates as they are stored and shown."""
     return asdict(plan.estimates)
+
+
+def _planned(plan: Plan) -> dict[str, Any]:
+    touched = [
+        PlannedTensor(
+            name=tensor.name,
+            shape=list(tensor.shape),
+            dtype=tensor.dtype,
+            sources=[part.source for part in tensor.contributions if part.changes],
+        )
+        for tensor in plan.tensors
+        if any(part.changes for part in tensor.contributions)
+    ]
+    return {
+        "method": plan.method,
+        "base": PlannedSourceDocument.of(plan.base),
+        "sources": [PlannedSourceDocument.of(source) for source in plan.sources],
+        "touched": touched,
+        "shards": [_shard(shard) for shard in plan.shards],
+        "estimates": estimates(plan),
+    }
 
 
 def _summary(job: Job) -> dict[str, Any]:

@@ -49,6 +49,16 @@ class TensorStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierRecord:
+    """A merge whose result the last one read and which is no part of the artifact: another document of the recipe."""
+
+    name: str
+    fingerprint: str
+    sources: tuple[SourceRecord, ...]
+    statistics: Mapping[str, TensorStatistics]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """``files`` excludes the manifest. ``fingerprint`` is the plan's digest; ``versions`` names the libraries."""
 
@@ -59,6 +69,7 @@ class Manifest:
     statistics: Mapping[str, TensorStatistics]
     versions: Mapping[str, str]
     warnings: tuple[Mapping[str, str], ...] = ()
+    earlier: tuple[EarlierRecord, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready form. Store keys stay out: they are the store's business and name attempts."""

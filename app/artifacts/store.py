@@ -44,6 +44,7 @@ class ArtifactStore(Protocol):
     def delete(self, key: str) -> None: ...
     def delete_prefix(self, prefix: str, *, keep: Collection[str] = ()) -> None: ...
     def free(self) -> int | None: ...
+    def scratch(self, prefix: str) -> Path: ...
 
 
 class LocalStore:
@@ -118,6 +119,12 @@ class LocalStore:
                 raise
         for leftover in trash.iterdir():  # ours, and what a crash left behind
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def scratch(self, prefix: str) -> Path:
+        """A new folder on this machine, which ``delete_prefix`` deletes with all that is in it."""
+        folder = self.path(prefix)
+        folder.mkdir(parents=True)
+        return folder
 
     def free(self) -> int | None:
         """Bytes that can still be stored. A store that has no end would answer None."""

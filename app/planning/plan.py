@@ -173,6 +173,11 @@ class Estimates:
     parameters: int
     parameters_touched: int
 
+    @property
+    def disk_bytes(self) -> int:
+        """The most that is on the disk at once."""
+        return self.output_bytes + self.scratch_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

@@ -13,16 +13,13 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 
-from app.errors import MergeyardError
 from app.recipe.methods import METHODS
 from tests.conformance.figures import Case, Figures, by_token, cases, uniform
 from tests.conformance.merging import differing, merged_here
 from tests.conformance.models import ARCHITECTURES
 from worker.engine import masks
 
-# What this version does not carry out. The figures are there; a name leaves this set when its grammar arrives.
-WAITING = frozenset(["adapters-under-the-base", "documents"])
-CASES = [case for case in cases() if not case.differs and case.name not in WAITING]
+CASES = [case for case in cases() if not case.differs]
 
 
 @pytest.fixture
@@ -51,13 +48,6 @@ def test_a_recipe_gives_mergekit_s_numbers(
         assert aligned.tokens == theirs.tokens
         ours = aligned.tensors
     assert differing(ours, theirs.tensors) == {}
-
-
-@pytest.mark.parametrize("case", [case for case in cases() if case.name in WAITING], ids=str)
-def test_what_is_not_carried_out_yet_is_refused_by_name(case: Case, roots: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(MergeyardError) as refused:
-        merged_here(case.path.read_text(), roots[case.architecture], tmp_path / "out")
-    assert refused.value.code == "not_supported"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

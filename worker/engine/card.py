@@ -8,19 +8,27 @@ from typing import Any
 
 import yaml
 
-from app.artifacts.manifest import SourceRecord, TensorStatistics
+from app.artifacts.manifest import EarlierRecord, SourceRecord, TensorStatistics
 from app.planning.plan import AdapterPlan, Plan
 
 CARD_NAME = "README.md"
 
 
-def model_card(plan: Plan, sources: Sequence[SourceRecord], statistics: Mapping[str, TensorStatistics]) -> str:
+def model_card(
+    plan: Plan,
+    sources: Sequence[SourceRecord],
+    earlier: Sequence[EarlierRecord],
+    statistics: Mapping[str, TensorStatistics],
+) -> str:
     """Markdown with YAML front matter. The same plan and sources give the same text, to the byte.
 
-    ``sources``: the base first, then the recipe's sources in order.
+    ``sources``: the base first, then the recipe's sources in order; ``earlier`` are the documents before the last.
     """
+    made = {document.name for document in earlier}
+    of_all = [record for document in (*(item.sources for item in earlier), sources) for record in document]
+    bases = [document[0].reference for document in (*(item.sources for item in earlier), sources)]
     front = {
-        "base_model": [plan.base.reference],
+        "base_model": list(dict.fromkeys(name for name in bases if name not in made)),
         "library_name": "transformers" if plan.adapter is None else "peft",
         "tags": ["mergeyard", "merge"],
     }
@@ -31,7 +39,7 @@ def model_card(plan: Plan, sources: Sequence[SourceRecord], statistics: Mapping[
         "## Recipe\n",
         f"```yaml\n{_yaml(plan.recipe)}```\n",
         "## Sources\n",
-        _sources_table(sources),
+        _sources_table(list({(record.reference, record.role): record for record in of_all}.values())),
         "## What the merge did\n",
         _summary(statistics),
         "" if plan.adapter is None else _retained(plan.adapter, statistics),

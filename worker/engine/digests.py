@@ -64,6 +64,7 @@ class SourceDigests:
     def __init__(self, files: Iterable[SourceFile], cache: DigestCache) -> None:
         self._files, self._cache = list(dict.fromkeys(files)), cache
         self._digests: dict[SourceFile, str] = {}
+        self._settled: dict[SourceFile, str] = {}
         self._error: BaseException | None = None
         self._stop = Event()
         self._thread = Thread(target=self._work, name="source-digests", daemon=True)
@@ -77,6 +78,10 @@ class SourceDigests:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+    def settle(self, planned: SourceFile, digest: str) -> None:
+        """What an earlier document made was hashed while it was written."""
+        self._settled[planned] = digest
 
     def check(self) -> None:
         """Raise what went wrong so far, if anything did: ``source_changed`` or ``source_format``."""
@@ -92,7 +97,7 @@ class SourceDigests:
             self._thread.join(_SLICE_SECONDS)
             check()
         self.check()
-        return self._digests
+        return self._digests | self._settled
 
     def _work(self) -> None:
         try:
@@ -104,6 +109,8 @@ class SourceDigests:
             self._error = error
 
     def _digest(self, file: SourceFile) -> str:
+        if file.content is not None:
+            return file.header_sha256
         status = stat_of(file)
         check_unmoved(file, status)
         remembered = self._cache.get(file, status)

@@ -21,7 +21,8 @@ class Control(Protocol):
         """After every block, so it should be cheap.
 
         ``bytes_total`` is the bytes of the output's tensors, and once more the bytes of those that a pass over the
-        whole model reads; it never changes during a merge, and ``bytes_done`` never falls.
+        whole model reads, of all documents of the recipe; it never changes during a merge, and ``bytes_done`` never
+        falls.
         """
         ...
 
@@ -34,10 +35,14 @@ class Control(Protocol):
 
 
 class Meter:
-    """Counts the bytes done, and gives the caller and the hashing thread their say after every block."""
+    """Counts the bytes done of one document, and gives the caller and the hashing thread their say after every block.
 
-    def __init__(self, control: Control, hashing: SourceDigests, total: int) -> None:
+    ``before`` bytes of ``whole`` are those of the documents before it.
+    """
+
+    def __init__(self, control: Control, hashing: SourceDigests, total: int, *, before: int, whole: int) -> None:
         self._control, self._hashing, self._total = control, hashing, total
+        self._before, self._whole = before, whole
         self._done = 0
 
     def count(self, tensor: TensorPlan, block: Block) -> None:
@@ -54,7 +59,7 @@ class Meter:
     def advance(self, nbytes: int) -> None:
         self._done += nbytes
         self.check()
-        self._control.progress(self._done, self._total)
+        self._control.progress(self._before + self._done, self._whole)
 
     def complete(self) -> None:
         self.reach(self._total)

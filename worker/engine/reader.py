@@ -56,11 +56,13 @@ class Reader:
     """Opens each source file once and reads ranges of it from any thread.
 
     A file whose size, mtime or header is not the plan's raises ``source_changed``, when it is opened and again in
-    ``verify``; bytes that cannot be read raise ``source_format``.
+    ``verify``; bytes that cannot be read raise ``source_format``. What an earlier document of the recipe makes is read
+    from where it was made (``settle``).
     """
 
     def __init__(self) -> None:
         self._open: dict[SourceFile, int] = {}
+        self._settled: dict[SourceFile, SourceFile] = {}
         self._lock = threading.Lock()
         self._means: dict[int, tuple[GatheredTensor, torch.Tensor]] = {}  # by id: these are too large to hash
         self._means_lock = threading.Lock()
@@ -74,6 +76,10 @@ class Reader:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+
+    def settle(self, planned: SourceFile, made: SourceFile) -> None:
+        """From now on ``planned`` is there, as ``made``. Nobody reads meanwhile."""
+        self._settled[planned] = made
 
     def verify(self) -> None:
         """Every file read so far still is the file that was planned. Raises ``source_changed``."""
@@ -159,6 +165,7 @@ class Reader:
 
     def _descriptor(self, file: SourceFile) -> int:
         with self._lock:
+            file = self._settled.get(file, file)
             if file not in self._open:
                 self._open[file] = open_unmoved(file, with_header=True)
             return self._open[file]

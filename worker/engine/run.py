@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,22 +14,25 @@ from typing import Literal
 import torch
 
 import app
-from app.artifacts.manifest import MANIFEST_NAME, Manifest, SourceRecord, StoredFile, TensorStatistics
+from app import strict_json
+from app.artifacts.manifest import MANIFEST_NAME, EarlierRecord, Manifest, SourceRecord, StoredFile, TensorStatistics
 from app.errors import NO_SPACE, MergeyardError
 from app.planning.adapter_output import CONFIG_NAME
-from app.planning.plan import Plan, PlannedSource
+from app.planning.earlier import file_of
+from app.planning.plan import Plan, PlannedSource, document_bytes
+from app.sources.safetensors import read_header
 from app.sources.source import SourceFile
 from worker.engine.adapter_output import adapter_config
 from worker.engine.blocks import Crew
 from worker.engine.card import CARD_NAME, model_card
-from worker.engine.checkpoint import INDEX_NAME, index_of, json_bytes, write_file
+from worker.engine.checkpoint import INDEX_NAME, index_of, write_file
 from worker.engine.deltas import DELTA_BUDGET
 from worker.engine.digests import DigestCache, SourceDigests
 from worker.engine.kernels import load
 from worker.engine.kernels.signature import Kernels
-from worker.engine.meter import Control
+from worker.engine.meter import Control, Meter
 from worker.engine.reader import Reader, moved, open_unmoved
-from worker.engine.sinks import FolderSink, Sink
+from worker.engine.sinks import AttemptFolder, FolderSink, Sink
 from worker.engine.stream import Stream
 
 _PIECE = 4 << 20
@@ -37,11 +40,12 @@ _PIECE = 4 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOutput:
-    """What a merge wrote (all files but the manifest), read and found."""
+    """What a merge wrote (all files but the manifest), read and found; ``earlier`` of the documents before the last."""
 
     files: tuple[StoredFile, ...]
     sources: tuple[SourceRecord, ...]
     statistics: Mapping[str, TensorStatistics]
+    earlier: tuple[EarlierRecord, ...]
 
 
 def run_merge(
@@ -65,22 +69,36 @@ def run_merge(
         hashing = stack.enter_context(SourceDigests(_source_files(plan), digests))
         crew = stack.enter_context(Crew(threads))
         reader = stack.enter_context(Reader())
-        stream = Stream(
-            plan,
-            sink,
-            kernels=kernels,
-            crew=crew,
-            reader=reader,
-            control=control,
-            hashing=hashing,
-            delta_budget=delta_budget,
-        )
-        shards, statistics = stream.run()
-        sources = _source_records(plan, hashing.result(control.check))
+        scratch = stack.enter_context(sink.scratch()) if plan.earlier else Path()
+        sinks = [*(AttemptFolder(scratch / str(number)) for number in range(len(plan.earlier))), sink]
+        streams = [
+            Stream(document, own, kernels=kernels, crew=crew, reader=reader, delta_budget=delta_budget)
+            for document, own in zip((*plan.earlier, plan), sinks, strict=True)
+        ]
+        before, whole = 0, sum(stream.total for stream in streams)
+        found: list[Mapping[str, TensorStatistics]] = []
+        for number, document in enumerate((*plan.earlier, plan)):
+            stream = streams.pop(0)  # with what it keeps in memory
+            shards, statistics = stream.run(Meter(control, hashing, stream.total, before=before, whole=whole))
+            before += stream.total
+            found.append(statistics)
+            if document is not plan:
+                _settle(document, shards, scratch / str(number), reader, hashing)
+        sha256 = hashing.result(control.check)
         reader.verify()
         control.stage("publishing")
-        small = _write_small_files(plan, sink, sources, statistics)
-    return MergeOutput(files=(*shards, *small), sources=sources, statistics=statistics)
+        sources = _source_records(plan, sha256)
+        earlier = tuple(
+            EarlierRecord(
+                name=str(document.reference),
+                fingerprint=document.digest,
+                sources=_source_records(document, sha256),
+                statistics=statistics,
+            )
+            for document, statistics in zip(plan.earlier, found, strict=False)
+        )
+        small = _write_small_files(plan, sink, sources, earlier, found[-1])
+    return MergeOutput(files=(*shards, *small), sources=sources, statistics=found[-1], earlier=earlier)
 
 
 def build_manifest(plan: Plan, output: MergeOutput) -> Manifest:
@@ -91,6 +109,7 @@ def build_manifest(plan: Plan, output: MergeOutput) -> Manifest:
         sources=output.sources,
         files=output.files,
         statistics=output.statistics,
+        earlier=output.earlier,
         versions=versions(),
         warnings=tuple(warning.as_json() for warning in plan.warnings),
     )
@@ -98,7 +117,7 @@ def build_manifest(plan: Plan, output: MergeOutput) -> Manifest:
 
 def write_manifest(manifest: Manifest, sink: Sink) -> StoredFile:
     """``mergeyard.json``, the last file of an artifact."""
-    return write_file(sink, MANIFEST_NAME, json_bytes(manifest.as_json()))
+    return write_file(sink, MANIFEST_NAME, strict_json.file_bytes(manifest.as_json()))
 
 
 def merge_to_folder(
@@ -115,7 +134,7 @@ def merge_to_folder(
 
     Raises what ``run_merge`` raises, ``output_exists``, and ``not_supported`` for a device that this machine has not.
     """
-    with _user_errors(plan), FolderSink(out, needs=plan.estimates.output_bytes) as sink:
+    with _user_errors(plan), FolderSink(out, needs=plan.estimates.disk_bytes) as sink:
         output = run_merge(
             plan,
             sink,
@@ -164,7 +183,7 @@ def _user_errors(plan: Plan) -> Iterator[None]:
             raise
         raise MergeyardError(
             "disk_full",
-            f"The result needs {plan.estimates.output_bytes} bytes, and the output's disk or quota has no room left; "
+            f"The merge needs {plan.estimates.disk_bytes} bytes, and the output's disk or quota has no room left; "
             "free some space and merge again.",
         ) from error
     except torch.OutOfMemoryError as error:
@@ -183,9 +202,20 @@ def _user_errors(plan: Plan) -> Iterator[None]:
         ) from error
 
 
+def _settle(plan: Plan, shards: Sequence[StoredFile], folder: Path, reader: Reader, hashing: SourceDigests) -> None:
+    """What an earlier document made is there for those that read it."""
+    for shard, stored in zip(plan.shards, shards, strict=True):
+        planned = file_of(plan, shard)
+        reader.settle(planned, read_header(folder / shard.filename, planned.name).file)
+        hashing.settle(planned, stored.sha256)
+
+
 def _source_files(plan: Plan) -> Iterator[SourceFile]:
-    for source in (plan.base, *plan.sources, *plan.tokenizers):
-        yield from source.files
+    """Every file that is read and there already: all but what earlier documents make."""
+    made = {file_of(document, shard) for document in plan.earlier for shard in document.shards}
+    for document in (*plan.earlier, plan):
+        for source in (document.base, *document.sources, *document.tokenizers):
+            yield from (file for file in source.files if file not in made)
 
 
 def _source_records(plan: Plan, digests: Mapping[SourceFile, str]) -> tuple[SourceRecord, ...]:
@@ -199,23 +229,26 @@ def _source_records(plan: Plan, digests: Mapping[SourceFile, str]) -> tuple[Sour
 
 
 def _write_small_files(
-    plan: Plan, sink: Sink, sources: tuple[SourceRecord, ...], statistics: Mapping[str, TensorStatistics]
+    plan: Plan,
+    sink: Sink,
+    sources: tuple[SourceRecord, ...],
+    earlier: tuple[EarlierRecord, ...],
+    statistics: Mapping[str, TensorStatistics],
 ) -> list[StoredFile]:
     """Index, documents, companions and the card, in an order that the plan alone decides."""
-    own = {
-        name: document.encode() if isinstance(document, str) else json_bytes(document)
-        for name, document in plan.documents.items()
-    }
+    own = {name: document_bytes(document) for name, document in plan.documents.items()}
     if (index := index_of(plan)) is not None:
         own[INDEX_NAME] = index
     if plan.adapter is not None:
-        own[CONFIG_NAME] = json_bytes(adapter_config(plan, plan.adapter, statistics))
-    own[CARD_NAME] = model_card(plan, sources, statistics).encode()
+        own[CONFIG_NAME] = strict_json.file_bytes(adapter_config(plan, plan.adapter, statistics))
+    own[CARD_NAME] = model_card(plan, sources, earlier, statistics).encode()
     stored = [write_file(sink, name, content) for name, content in own.items()]
     reserved = {*own, INDEX_NAME, MANIFEST_NAME, *(shard.filename for shard in plan.shards)}
     for companion in plan.companions:
         if companion.name not in reserved:
-            stored.append(_copy(companion, sink))
+            content = companion.content
+            copied = _copy(companion, sink) if content is None else write_file(sink, companion.name, content)
+            stored.append(copied)
     return stored
 
 

@@ -9,12 +9,15 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 from app.artifacts.disk import reserve, sync_folder
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.errors import MergeyardError
+
+SCRATCH = ".earlier"  # what earlier documents make, beside an attempt's own files
 
 
 class FileWriter(Protocol):
@@ -59,6 +62,10 @@ class Sink(Protocol):
         """Keep the statistics of a weight file, so that a retry may adopt it. Called just before its ``finish``."""
         ...
 
+    def scratch(self) -> AbstractContextManager[Path]:
+        """An empty folder on this machine for what earlier documents make: no part of the result, gone on leaving."""
+        ...
+
 
 def statistics_as_json(statistics: Mapping[str, TensorStatistics]) -> dict[str, Any]:
     """JSON-ready form of what ``remember`` is given; ``statistics_from_json`` turns it back, bit for bit."""
@@ -92,7 +99,35 @@ def statistics_from_json(value: Mapping[str, Any]) -> dict[str, TensorStatistics
     }
 
 
-class FolderSink:
+class AttemptFolder:
+    """A Sink into a folder that holds one attempt, so that there is nothing to adopt."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def adopt(self, filename: str, check: Callable[[], None]) -> StoredFile | None:  # noqa: ARG002
+        return None
+
+    def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:  # noqa: ARG002
+        return None
+
+    def remember(self, filename: str, statistics: Mapping[str, TensorStatistics]) -> None:
+        pass
+
+    def create(self, filename: str, size: int) -> FileWriter:
+        return LocalFile(self._folder / filename, name=filename, size=size)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        folder = self._folder / SCRATCH
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class FolderSink(AttemptFolder):
     """Writes into a hidden folder beside ``out`` which becomes ``out`` in one rename: nothing half-written is visible.
 
     Use as a context manager: leaving it without ``publish`` (or by an exception) removes everything.
@@ -103,7 +138,7 @@ class FolderSink:
     def __init__(self, out: Path, *, needs: int = 0) -> None:
         self.out, self._needs = out.absolute(), needs
         self._refuse_existing()
-        self._folder = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.part"
+        super().__init__(self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}.part")
         self._made: list[Path] = []
 
     def __enter__(self) -> FolderSink:
@@ -132,18 +167,6 @@ class FolderSink:
                 raise self._exists() from error
             raise
         sync_folder(self.out.parent)
-
-    def adopt(self, filename: str, check: Callable[[], None]) -> StoredFile | None:  # noqa: ARG002
-        return None  # a folder holds one attempt
-
-    def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:  # noqa: ARG002
-        return None
-
-    def remember(self, filename: str, statistics: Mapping[str, TensorStatistics]) -> None:
-        pass
-
-    def create(self, filename: str, size: int) -> FileWriter:
-        return LocalFile(self._folder / filename, name=filename, size=size)
 
     def _refuse_existing(self) -> None:
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):

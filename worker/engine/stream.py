@@ -20,10 +20,9 @@ from worker.engine.blending import Blending
 from worker.engine.blocks import Block, Crew, cut
 from worker.engine.checkpoint import Buffers, ShardWriter, tensor_bytes
 from worker.engine.deltas import Deltas, ScratchPool
-from worker.engine.digests import SourceDigests
 from worker.engine.factoring import Factoring
 from worker.engine.kernels.signature import BlockStatistics, Kernels
-from worker.engine.meter import Control, Meter
+from worker.engine.meter import Meter
 from worker.engine.methods import FactorMethod, VoteMethod, method_of
 from worker.engine.reader import Reader, dtype_of
 from worker.engine.sinks import Sink
@@ -46,8 +45,6 @@ class Stream:
         kernels: Kernels,
         crew: Crew,
         reader: Reader,
-        control: Control,
-        hashing: SourceDigests,
         delta_budget: int,
     ) -> None:
         self._plan, self._sink, self._crew, self._reader = plan, sink, crew, reader
@@ -57,10 +54,14 @@ class Stream:
             kernels=kernels, crew=crew, reader=reader, scratches=self._scratches, deltas=deltas
         )
         self._way = _way_of(plan, resources)
-        self._meter = Meter(control, hashing, self._way.bytes_before + sum(map(tensor_bytes, plan.tensors)))
+        self.total = self._way.bytes_before + sum(map(tensor_bytes, plan.tensors))
 
-    def run(self) -> tuple[list[StoredFile], dict[str, TensorStatistics]]:
-        """Writes or adopts every weight file. The files and the changed tensors' statistics, in the plan's order."""
+    def run(self, meter: Meter) -> tuple[list[StoredFile], dict[str, TensorStatistics]]:
+        """Writes or adopts every weight file. The files and the changed tensors' statistics, in the plan's order.
+
+        ``meter`` counts ``total`` bytes.
+        """
+        self._meter = meter
         adopted: dict[str, StoredFile] = {}
         statistics: dict[str, TensorStatistics] = {}
         for shard in self._plan.shards:
