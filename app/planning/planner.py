@@ -27,9 +27,11 @@ from app.planning.warnings import warnings_of
 from app.recipe import Recipe, SourceEntry
 from app.recipe.grammar import shard_bytes
 from app.recipe.methods import METHODS, MethodSpec
-from app.sources.references import split_adapter
+from app.sources.references import model_of, split_adapter
 from app.sources.resolver import Resolver
 from app.sources.source import ModelSource
+
+MAX_MADE = 64  # documents, and models with adapters that something else is merged onto
 
 
 def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
@@ -43,7 +45,7 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     problems: list[Problem] = []
     lost: set[str] = set()  # documents that cannot be planned, and those that need them
     for document in (*recipe.earlier, recipe):
-        if lost.intersection(split_adapter(text)[0] for text in document.references()):
+        if lost.intersection(model_of(text) for text in document.references()):
             lost.add(document.name or "")
             continue
         try:
@@ -63,7 +65,7 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
 
 
 def _bases_with_adapters(document: Recipe, resolver: Resolver, made: dict[str, ModelSource]) -> Iterator[Plan]:
-    """What ``base_model: X+adapter`` stands for: a document of its own, the adapter merged into X.
+    """What ``X+adapter`` stands for where a full model is wanted: a document of its own, the adapter merged into X.
 
     ``made`` gains the models, whose problems are those of the place where they are named.
     """
@@ -71,11 +73,17 @@ def _bases_with_adapters(document: Recipe, resolver: Resolver, made: dict[str, M
         base, adapter = split_adapter(text)
         if adapter is None or text in made:
             continue
-        known = replace(resolver, documents=made)
         entry = SourceEntry(adapter=adapter)
         own = Recipe(base_model=base, merge_method="task_arithmetic", models=(entry,), number=document.number)
         try:
+            yield from _bases_with_adapters(own, resolver, made)
+            known = replace(resolver, documents=made)
             reference = known.canonical(text)
+            if (same := next((model for model in made.values() if model.reference == reference), None)) is not None:
+                made[text] = same
+                continue
+            if len(made) >= MAX_MADE:
+                raise MergeyardError("recipe_invalid", f"A recipe makes at most {MAX_MADE} models on its way.")
             plan = _plan_document(own, known)
         except MergeyardError as error:
             raise MergeyardError.of([replace(problem, where=where) for problem in error.problems]) from None

@@ -13,7 +13,7 @@ from app.planning.plan import PlannedSource
 from app.planning.resolving import Resolved, ResolvedSource, placed
 from app.recipe import Recipe
 from app.recipe.tokenizer import Tokenizer, TokenSource
-from app.sources.references import split_adapter
+from app.sources.references import model_of
 from app.sources.resolver import Resolver
 from app.sources.source import ModelSource, StoredTensor
 from app.sources.tokenizers import (
@@ -267,7 +267,7 @@ def _source(
     try:
         reference = resolver.canonical(text)
         if reference not in holders:
-            reference = resolver.canonical(split_adapter(text)[0])
+            reference = resolver.canonical(model_of(text))
         if reference in holders:
             return holders[reference].tokenizer, reference
         companions = resolver.companions(reference)

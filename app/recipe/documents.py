@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from app.errors import Problem
 from app.recipe.grammar import Recipe
-from app.sources.references import split_adapter
+from app.sources.references import model_of
 
 NAME = re.compile(r"[^\x00-\x1f\x7f:+@]{1,100}")  # what could be read as a scheme, an adapter or a revision is none
 
@@ -76,6 +76,6 @@ def _visit(
     if document in order or problems:
         return
     # by name, so that neither the order of the documents nor that of their sources shows in the result
-    for name in sorted({split_adapter(text)[0] for text in document.references()} & by_name.keys()):
+    for name in sorted({model_of(text) for text in document.references()} & by_name.keys()):
         _visit(by_name[name], (*path, document), by_name, order, problems)
     order.append(document)

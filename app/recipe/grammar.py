@@ -9,11 +9,13 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from app.recipe.tokenizer import Tokenizer
+from app.sources.references import split_adapter
 
 SIZE = re.compile(r"^\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 MAX_SOURCES = 256
 MAX_SLICES = 1_000
 MAX_LAYERS = 100_000
+MAX_ADAPTERS = 8  # on one model, in one reference
 DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ours → safetensors'
 OutDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -167,7 +169,10 @@ class Document(_Strict):
                     yield f"{inside}slices[{number}].sources[{index}]", layers
 
     def bases(self) -> Iterator[tuple[str, str]]:
-        """Every ``base_model``, with its place: the document's, and those of slices."""
+        """Every full model that something is merged onto, with its place.
+
+        The ``base_model`` of the document and those of slices, and what adapters of sources (``model+adapter``) sit on.
+        """
         if self.base_model:
             yield "base_model", self.base_model
         for where, part in self.parts.items():
@@ -175,6 +180,9 @@ class Document(_Strict):
             for number, item in enumerate(part.slices):
                 if item.base_model:
                     yield f"{inside}slices[{number}].base_model", item.base_model
+        for where, entry in self.entries():
+            if entry.model:
+                yield f"{where}.model", split_adapter(entry.model)[0]
 
     def references(self) -> Iterator[str]:
         """Every text that names a model or an adapter."""
@@ -244,6 +252,8 @@ def reference_text(value: Any) -> Any:
 
     Raises ValueError on mappings that no text can say; what is no mapping is returned as it is.
     """
+    if isinstance(value, str) and value.count("+") > MAX_ADAPTERS:
+        raise ValueError(f"at most {MAX_ADAPTERS} adapters can be put on one model by +")
     if not isinstance(value, Mapping):
         return value
     known = {"model", "lora", "override_architecture"}

@@ -58,6 +58,14 @@ def parse_reference(text: str) -> Reference:
 
 
 def split_adapter(text: str) -> tuple[str, str | None]:
-    """mergekit's ``base+adapter`` → (base, adapter); without a plus sign (text, None)."""
-    model, plus, adapter = text.partition("+")
+    """mergekit's ``base+adapter`` → (base, adapter); without a plus sign (text, None).
+
+    The base may be one with an adapter on it itself: the last adapter is the one that is put on top.
+    """
+    model, plus, adapter = text.rpartition("+")
     return (model, adapter) if plus and model and adapter else (text, None)
+
+
+def model_of(text: str) -> str:
+    """The model that a reference starts from, without the adapters on it."""
+    return text.partition("+")[0]

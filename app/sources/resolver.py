@@ -10,7 +10,7 @@ from pathlib import Path
 from app.errors import MergeyardError
 from app.sources.adapters import load_adapter
 from app.sources.models import companions_of, load_model
-from app.sources.references import Reference, parse_reference, split_adapter
+from app.sources.references import Reference, parse_reference
 from app.sources.source import AdapterSource, ModelSource, SourceFile
 
 
@@ -64,16 +64,16 @@ class Resolver:
     def canonical(self, text: str) -> str:
         """The canonical form of a reference that exists (two spellings of one source become equal).
 
-        Of ``base+adapter`` both halves are put into theirs.
+        Of ``base+adapter`` each part is put into its own.
 
         Raises:
             MergeyardError: `reference_invalid`, `not_supported`, `path_outside_roots`, `source_not_found`.
         """
         if text in self.documents:
             return self.documents[text].reference
-        base, adapter = split_adapter(text)
-        if adapter is not None:
-            return f"{self.canonical(base)}+{self.canonical(adapter)}"
+        parts = text.split("+")
+        if len(parts) > 1 and all(parts):
+            return "+".join(map(self.canonical, parts))
         return str(self._files(text)[0])
 
     def _files(self, text: str) -> tuple[Reference, Mapping[str, Path]]:
@@ -104,7 +104,7 @@ class Resolver:
         """The first root that holds ``path``. What leads outside a root, by .. or by a link, is refused."""
         if not self.roots:
             message = f"{text} cannot be looked up: the service has no model roots (MERGEYARD_MODEL_ROOTS)"
-            raise MergeyardError("source_not_found", message)
+            raise MergeyardError("source_not_found", f"{message}{self._or_documents()}")
         escaped = Path(path).is_absolute() or ".." in Path(path).parts
         for root in [] if escaped else self.roots:
             try:
@@ -124,7 +124,11 @@ class Resolver:
         message = f"{text} is not below any model root; GET /sources lists what is there"
         if "@" in path:
             message += ". Folders have no revisions: leave out what follows the @, unless a folder is named so"
-        raise MergeyardError("source_not_found", message)
+        raise MergeyardError("source_not_found", f"{message}{self._or_documents()}")
+
+    def _or_documents(self) -> str:
+        names = [name for name in self.documents if "+" not in name]
+        return f"; the documents before it are {', '.join(names)}" if names else ""
 
 
 def list_files(folder: Path, within: Path | None = None) -> dict[str, Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +178,21 @@ def tokenizers(*, right: bool) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @st.composite
-def recipes(draw: st.DrawFn) -> dict[str, Any]:
-    """The whole grammar, half of the time with nothing wrong that is known to be."""
+def recipes(draw: st.DrawFn, *, right: bool | None = None) -> dict[str, Any]:
+    """The whole grammar, half of the time (unless told) with nothing wrong that is known to be."""
     spec = METHODS[method := draw(st.sampled_from(sorted(METHODS)))]
-    right = draw(st.booleans())
+    right = draw(st.booleans()) if right is None else right
     own = parameters_of(spec, level="source", right=right)
     part = parameters_of(spec, level="part", right=right)
     words = draw(tokenizers(right=right)) if draw(st.booleans()) else {}
-    known = ["a", "b", "a+sql", "b+json", *(["long"] if words.keys() & {"tokenizer", "tokenizer_source"} else [])]
+    known = [
+        "a",
+        "b",
+        "a+sql",
+        "b+json",
+        "a+sql+json",
+        *(["long"] if words.keys() & {"tokenizer", "tokenizer_source"} else []),
+    ]
     named = st.sampled_from(known if right else MODELS)
     model = st.fixed_dictionaries({"model": named}, optional={"parameters": own})
     adapters = st.sampled_from(ADAPTERS[:3] if right else ADAPTERS)
@@ -213,7 +220,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         | st.fixed_dictionaries({"slices": slices})
         | st.fixed_dictionaries({"modules": st.dictionaries(names, module | sliced, min_size=1, max_size=2)})
     )
-    based = {"base_model": st.just("a") if right else st.sampled_from(MODELS)}
+    based = {"base_model": st.sampled_from(["a", "a", "a+sql"]) if right else st.sampled_from(MODELS)}
     whole = {"parameters": parameters_of(spec, level="recipe", right=right)}
     optional = {
         "dtype": st.sampled_from(["float16", "torch.bfloat16"] if right else ["int8", 3]),
@@ -229,7 +236,40 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     more = {**optional} if right else {**based, **optional, **wrong}
     if right and spec.base != "required":
         more |= based
-    return {"merge_method": method, **shape, **words, **draw(st.fixed_dictionaries(needs, optional=more))}
+    rest = draw(st.fixed_dictionaries(needs, optional=more))
+    if right and rest.get("output", {}).get("kind") == "adapter" and "base_model" in rest:
+        rest["base_model"] = "a"  # an adapter for a base that is made on the way is refused
+    return {"merge_method": method, **shape, **words, **rest}
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> dict[str, Any]:
+    """Two or three documents, in which later ones name earlier ones where they named models."""
+    names = ["left", "right"][: draw(st.integers(1, 2))]
+    right = draw(st.booleans())
+    found: list[Any] = []
+    for index, name in enumerate([*names, None]):
+        made = draw(recipes(right=right))
+        made.pop("name", None)
+        if right and name:
+            made.pop("output", None)
+        others = [*names[:index], f"{names[index - 1]}+sql", *([] if right else names)] if index else ["a", "b"]
+        swapped = draw(st.dictionaries(st.sampled_from(["a", "b"]), st.sampled_from(others), min_size=1))
+        found.append({**_named(made, swapped), **({"name": name} if name else {})})
+    if not right and draw(st.booleans()):
+        found.insert(draw(st.integers(0, 2)), draw(ANYTHING | st.just(found[0])))
+    return {"documents": draw(st.permutations(found)) if draw(st.booleans()) else found}
+
+
+def _named(value: Any, swapped: Mapping[str, str]) -> Any:
+    """The same with other references."""
+    if isinstance(value, dict):
+        named = ("model", "base_model", "tokenizer_source", "source")
+        return {
+            key: swapped.get(item, item) if key in named and isinstance(item, str) else _named(item, swapped)
+            for key, item in value.items()
+        }
+    return [_named(item, swapped) for item in value] if isinstance(value, list) else value
 
 
 def check(source: str | bytes | dict[str, Any], resolver: Resolver) -> None:
@@ -250,6 +290,12 @@ def test_a_recipe_is_planned_or_refused(recipe: dict[str, Any], resolver: Resolv
     check(recipe, resolver)
 
 
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(recipe=documents())
+def test_several_documents_are_planned_or_refused(recipe: dict[str, Any], resolver: Resolver) -> None:
+    check(recipe, resolver)
+
+
 @settings(max_examples=30, deadline=None)
 @given(recipe=recipes())
 def test_a_recipe_in_yaml_is_the_same_recipe(recipe: dict[str, Any], resolver: Resolver) -> None:
@@ -266,10 +312,10 @@ def test_any_text_is_refused(source: str | bytes, resolver: Resolver) -> None:
 def test_the_grammar_is_reached(resolver: Resolver) -> None:
     """The strategy is worth something only if it finds plans too."""
     keys = ("models", "slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
-    found = dict.fromkeys([*keys, "adapter"], 0)
+    found = dict.fromkeys([*keys, "adapter", "base with an adapter", "documents"], 0)
 
     @settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(recipe=recipes())
+    @given(recipe=recipes(right=True))
     def count(recipe: dict[str, Any]) -> None:
         try:
             plan = make_plan(parse_recipe(recipe), resolver)
@@ -278,6 +324,17 @@ def test_the_grammar_is_reached(resolver: Resolver) -> None:
         for key in keys:
             found[key] += key in recipe
         found["adapter"] += plan.adapter is not None
+        found["base with an adapter"] += "+" in str(recipe.get("base_model"))
+
+    @settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(recipe=documents())
+    def count_documents(recipe: dict[str, Any]) -> None:
+        try:
+            plan = make_plan(parse_recipe(recipe), resolver)
+        except MergeyardError:
+            return
+        found["documents"] += len(plan.earlier) > 0
 
     count()
+    count_documents()
     assert all(found.values()), found
