@@ -52,6 +52,19 @@ def write_lora(base: Path, folder: Path, *, rank: int = 4, seed: int = 1) -> Pat
     return folder
 
 
+def documents(**changes: object) -> dict[str, list[dict[str, object]]]:
+    """Two documents: adapters merged into the tiny model, and the base and the result of that averaged.
+
+    ``changes`` are those of the last one.
+    """
+    averaged = {
+        "merge_method": "linear",
+        "models": [{"model": f"models:{BASE}"}, {"model": "both"}],
+        "parameters": {"weight": 0.5},
+    }
+    return {"documents": [{**recipe(), "name": "both"}, {**averaged, **changes}]}
+
+
 def recipe(**changes: object) -> dict[str, object]:
     """A TIES recipe over the tiny model and both adapters."""
     return {

@@ -6,6 +6,7 @@ import secrets
 
 import pytest
 import redis
+import yaml
 
 from app.api.examples import RECIPE, RECIPE_YAML
 from app.records.bell import queue_names
@@ -81,6 +82,49 @@ def test_a_plan_lists_every_problem_with_its_place(api: ServedApi) -> None:
     recipe = {**RECIPE, "models": [{"adapter": "models:adapters/nowhere"}, {"adapter": "models:adapters/neither"}]}
     document = problem(api.http.post("/merges/plan", json={"recipe": recipe}), 422, "source_not_found")
     assert [found["where"] for found in document["problems"]] == ["models[0].adapter", "models[1].adapter"]
+
+
+class TestSeveralDocuments:
+    PARTS = (
+        {**RECIPE, "name": "both"},
+        {
+            "merge_method": "linear",
+            "models": [{"model": "models:smollm2-135m-instruct"}, {"model": "both"}],
+            "parameters": {"weight": 0.5},
+        },
+    )
+
+    def test_mean_the_same_in_yaml_and_in_json(self, api: ServedApi) -> None:
+        text = "---\n".join(yaml.safe_dump(part) for part in self.PARTS)
+        bare = api.http.post("/merges", content=text, headers={"content-type": "application/yaml"}).json()
+        for recipe in (text, {"documents": list(self.PARTS)}):
+            merge = api.submit(recipe=recipe)
+            assert merge["fingerprint"] == bare["fingerprint"]
+            assert merge["recipe"] == {"documents": list(self.PARTS)}
+        assert api.submit(recipe=bare["resolved"])["fingerprint"] == bare["fingerprint"]
+        estimates = bare["estimates"]
+        assert bare["progress"]["bytes_total"] == estimates["output_bytes"] + estimates["scratch_bytes"]
+
+    def test_are_planned_one_by_one(self, api: ServedApi) -> None:
+        response = api.http.post("/merges/plan", json={"recipe": {"documents": list(self.PARTS)}})
+        plan = response.json()
+        assert response.status_code == 200, response.text
+        (both,) = plan["earlier"]
+        assert (both["name"], both["method"], plan["method"]) == ("both", "ties", "linear")
+        assert both["estimates"]["output_bytes"] == plan["estimates"]["scratch_bytes"] > 0
+        assert [source["reference"] for source in plan["sources"]] == ["both", "models:smollm2-135m-instruct"]
+
+    def test_have_their_problems_where_they_stand(self, fresh_api: ServedApi) -> None:
+        wrong = {"documents": [self.PARTS[0], {**self.PARTS[1], "models": [{"model": "boht"}], "name": "\x00"}]}
+        document = problem(fresh_api.http.post("/merges", json={"recipe": wrong}), 422, "recipe_invalid")
+        assert document["where"] == "documents[0]"
+        wrong["documents"][1]["models"].append({"model": "both"})
+        document = problem(fresh_api.http.post("/merges", json={"recipe": wrong}), 422, "request_invalid")
+        assert document["where"] == "documents[1].name"
+        del wrong["documents"][1]["name"]
+        document = problem(fresh_api.http.post("/merges", json={"recipe": wrong}), 422, "source_not_found")
+        assert document["where"] == "documents[1].models[0].model"
+        assert fresh_api.http.get("/merges").json()["items"] == []
 
 
 class TestIdempotencyKey:

@@ -66,6 +66,15 @@ class TestPlan:
         ran = mergeyard("plan", recipe, "--json")
         assert (ran.code, ran.json["method"], ran.json["estimates"]["tensors_touched"]) == (0, "ties", 4)
 
+    def test_shows_each_document(self, recipe: Path) -> None:
+        both = {**json.loads(recipe.read_text()), "name": "both"}
+        averaged = {"merge_method": "linear", "models": [{"model": both["base_model"]}, {"model": "both"}]}
+        recipe.write_text("\n---\n".join(json.dumps(part) for part in (both, averaged)))
+        ran = mergeyard("plan", recipe)
+        assert ran.code == 0, ran.err
+        for text in ("both: ties, 1.0 kB until the result is finished", "the result: linear", "beside it"):
+            assert text in ran.out
+
     def test_takes_references_below_the_roots(self, tmp_path: Path, sources_root: Path) -> None:
         ran = mergeyard("plan", "-", "--json", stdin=RECIPE_YAML, MERGEYARD_MODEL_ROOTS=str(sources_root))
         assert ran.json["base"]["reference"] == "models:smollm2-135m-instruct"

@@ -109,7 +109,12 @@ class TestAService:
             assert hashlib.sha256(data).hexdigest() == file["sha256"]
         assert "succeeded" in ran.err
 
-    def test_merges_as_the_local_command_does(self, up: Up, recipe: Path, tmp_path: Path, tiny_models: Path) -> None:
+    @pytest.mark.parametrize("documents", [False, True])
+    def test_merges_as_the_local_command_does(
+        self, up: Up, recipe: Path, tmp_path: Path, tiny_models: Path, documents: bool
+    ) -> None:
+        if documents:
+            recipe.write_text("\n---\n".join(json.dumps(part) for part in tiny.documents()["documents"]))
         mergeyard("submit", recipe, "--download", tmp_path / "served", MERGEYARD_URL=up.url)
         mergeyard("merge", recipe, tmp_path / "local", MERGEYARD_MODEL_ROOTS=str(tiny_models))
         for name in ("model.safetensors", "config.json"):

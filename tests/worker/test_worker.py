@@ -15,9 +15,10 @@ import pytest
 from app.errors import MergeyardError
 from app.records.job import Job, Status
 from app.settings import Settings
-from tests import servers
+from tests import servers, tiny
 from tests.worker.yard import SHARDED, Yard, open_yard, pool_child, worker
 from worker.celery import run_worker
+from worker.engine.sinks import SCRATCH
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,24 @@ def test_a_killed_child_costs_an_attempt_and_keeps_the_finished_shards(yard: Yar
     yard.until_shards(job, 2)
     pool_child(yard, job).kill()
     assert_adopted(yard, job)
+
+
+def test_a_child_killed_in_an_earlier_document_leaves_nothing_of_it(yard: Yard) -> None:
+    job = yard.submit(tiny.documents(**SHARDED))
+    yard.until(lambda: any(SCRATCH in key for key in yard.files(job)))
+    pool_child(yard, job).kill()
+    done = yard.finish(job)
+    assert_published(yard, done)
+    assert done.attempt == 2 and yard.kinds(job) == ["submitted", "claimed", "worker_lost", "claimed", "succeeded"]
+
+
+def test_a_child_killed_in_an_earlier_document_of_a_cancelled_merge_leaves_nothing_of_it(yard: Yard) -> None:
+    job = yard.submit(tiny.documents(**SHARDED))
+    yard.until(lambda: any(SCRATCH in key for key in yard.files(job)))
+    pool_child(yard, job).kill()
+    yard.jobs.request_cancel(job.id)
+    assert yard.finish(job).status is Status.CANCELLED
+    yard.until(lambda: yard.files(job) == [])
 
 
 def test_a_killed_worker_costs_an_attempt_and_keeps_the_finished_shards(empty_yard: Yard) -> None:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,9 +41,17 @@ class Yard:
     store: LocalStore
     janitor: Janitor
 
-    def submit(self, *, ring: bool = True, max_attempts: int = 3, owner: str = "local", **changes: Any) -> Job:
-        """A merge of the tiny model, as the API submits one."""
-        recipe = tiny.recipe(**changes)
+    def submit(
+        self,
+        recipe: Mapping[str, Any] | None = None,
+        *,
+        ring: bool = True,
+        max_attempts: int = 3,
+        owner: str = "local",
+        **changes: Any,
+    ) -> Job:
+        """A merge (of the tiny model, with ``changes``, unless told), as the API submits one."""
+        recipe = recipe or tiny.recipe(**changes)
         plan = make_plan(parse_recipe(recipe), self.resolver(owner))
         job, _ = self.jobs.submit(
             NewJob(
@@ -52,7 +60,7 @@ class Yard:
                 method=plan.method,
                 plan_digest=plan.digest,
                 estimates=asdict(plan.estimates),
-                total_bytes=plan.estimates.output_bytes,
+                total_bytes=plan.estimates.disk_bytes,
                 queue=self.settings.queue,
                 max_attempts=max_attempts,
                 owner=owner,
