@@ -91,6 +91,16 @@ def test_nothing_is_rounded_before_the_result_is(root: Path) -> None:
     assert all(torch.equal(found[name], exact[name].bfloat16()) for name in exact)
 
 
+def test_what_a_document_leaves_as_it_is_takes_its_type_all_the_same(root: Path) -> None:
+    write_model(root / "base", llama_tensors(), num_hidden_layers=2)
+    narrow = {**LEFT, "models": [{"adapter": "sql"}], "dtype": "float16"}
+    result = {**RIGHT, "name": "result", "dtype": "float32"}
+    merge(plan_of(root, {"documents": [narrow, result]}), root / "out")
+    merge(plan_of(root, narrow), root / "left")
+    merge(plan_of(root, result), root / "expected")
+    assert bytes_of(root / "out")["model.safetensors"] == bytes_of(root / "expected")["model.safetensors"]
+
+
 def test_a_base_with_an_adapter_is_what_peft_merges(tiny_models: Path, tmp_path: Path) -> None:
     base, adapter = f"{tiny.BASE}-f32", tiny.ADAPTERS[0]
     tiny.write_llama(tmp_path / base, dtype=torch.float32)

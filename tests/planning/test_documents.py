@@ -13,7 +13,7 @@ import yaml
 
 from app.errors import MergeyardError, Problem
 from app.planning.plan import Plan
-from app.planning.planner import make_plan
+from app.planning.planner import MAX_MADE, make_plan
 from app.recipe import parse_recipe
 from app.recipe.text import MAX_DOCUMENTS
 from app.sources.resolver import Resolver
@@ -160,7 +160,7 @@ class TestABaseWithAnAdapter:
 
     def test_is_made_once_for_all_that_name_it(self, root: Path) -> None:
         left, right = ({**LEFT, "name": name, "base_model": "base+sql"} for name in ("left", "right"))
-        plan = plan_of(root, left, right, {**RESULT, "base_model": "base+sql"})
+        plan = plan_of(root, left, right, {**RESULT, "base_model": "models:base+models:sql"})
         assert [document.reference for document in plan.earlier] == ["models:base+models:sql", "left", "right"]
 
     def test_may_be_the_base_of_a_slice(self, root: Path) -> None:
@@ -175,6 +175,25 @@ class TestABaseWithAnAdapter:
             ).sources
             == plan.sources
         ), "listed, it is no source"
+
+    def test_may_have_several(self, root: Path) -> None:
+        plan = plan_of(root, {**RESULT, "base_model": "base+sql+json", "models": [{"model": "base+sql"}]})
+        assert [document.reference for document in plan.earlier] == [
+            "models:base+models:sql",
+            "models:base+models:sql+models:json",
+        ]
+        assert plan_of(root, {**RESULT, "base_model": "base+sql", "models": [{"model": "base+sql+json"}]}).sources
+
+    def test_has_no_more_adapters_than_anybody_means(self, root: Path) -> None:
+        (problem,) = problems_of(root, {**RESULT, "base_model": "base" + "+sql" * 9})
+        assert (problem.code, problem.where) == ("recipe_invalid", "documents[0].base_model")
+
+    def test_is_not_made_without_end(self, root: Path) -> None:
+        for number in range(MAX_MADE + 1):
+            write_adapter(root / f"a{number}")
+        models = [{"model": f"base+a{number}+sql"} for number in range(MAX_MADE + 1)]
+        (problem,) = problems_of(root, {**RESULT, "models": models})
+        assert (problem.code, problem.where) == ("recipe_invalid", f"documents[0].models[{MAX_MADE}].model")
 
     def test_may_be_a_document(self, root: Path) -> None:
         plan = plan_of(root, LEFT, {**RESULT, "base_model": "left+sql", "models": [{"model": "tuned"}]})
@@ -244,6 +263,14 @@ def test_keys_beside_the_documents_are_refused(root: Path) -> None:
     assert (caught.value.code, caught.value.where) == ("unknown_key", "out_dtype")
 
 
+def test_each_document_may_have_a_long_chat_template() -> None:
+    template = "{{ messages }}" * 1000
+    recipe = parse_recipe(
+        {"documents": [{**LEFT, "chat_template": template}, {**RESULT, "models": [{"model": "left"}]}]}
+    )
+    assert recipe.earlier[0].chat_template == template
+
+
 def test_the_documents_of_a_circle_are_named(root: Path) -> None:
     problem, *_ = problems_of(root, {**LEFT, "base_model": "right"}, RIGHT, RESULT)
     assert "left ← right ← left" in problem.message
@@ -271,6 +298,8 @@ def test_problems_of_all_documents_come_at_once_and_no_more_than_there_are(root:
     also = {**LEFT, "name": "also", "base_model": "nowhere"}
     found = problems_of(root, lost, RIGHT, also, {**RESULT, "models": [{"model": "right"}, {"model": "also"}]})
     assert [problem.where for problem in found] == ["documents[2].base_model", "documents[0].models[0].model"]
+    found = problems_of(root, lost, RIGHT, {**RESULT, "models": [{"model": "right"}]})
+    assert [problem.where for problem in found] == ["documents[0].models[0].model"]
 
 
 def test_warnings_say_in_which_document(root: Path) -> None:

@@ -126,6 +126,7 @@ def test_a_misspelt_key_names_the_nearest_known_one(wrong: dict[str, Any], neare
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [1, {value: 2}]}}]", "parameter_invalid"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: x}]}}]", "parameter_invalid"),
         ("merge_method: linear\nmodels: [{model: a}]\ndtype: int8", "recipe_invalid"),
+        ('{"merge_method": "linear", "models": [{"model": "a"}], "chat_template": "{\\ud800}"}', "recipe_invalid"),
         ("merge_method: linear\nmodels: [{model: a}]\noutput: {max_shard_size: 0}", "recipe_invalid"),
         (
             "merge_method: linear\nmodels: [{model: a}]\ntokenizer: {source: union}\ntokenizer_source: base",

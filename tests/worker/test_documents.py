@@ -23,6 +23,7 @@ from worker.engine.digests import DigestCache
 from worker.engine.kernels import load
 from worker.engine.sinks import SCRATCH
 from worker.job import Ending, Workplace
+from worker.sink import StoreSink
 
 EARLIER, LAST = 4, 20  # blocks of the first document, and of the second
 
@@ -111,6 +112,15 @@ def test_a_retry_makes_earlier_documents_anew_and_keeps_what_is_finished_of_the_
     assert attempt(place, broken) is Ending.PUBLISHED
     assert kept < {shard.file for shard in yard.jobs.shards(broken.id)}
     assert digests(yard, straight) == digests(yard, broken)
+
+
+def test_earlier_documents_are_gone_before_the_result_is_published(yard: Yard) -> None:
+    job = yard.jobs.claim(yard.submit(tiny.documents(), ring=False).id, lease_seconds=60)
+    assert job is not None
+    with StoreSink(yard.store, yard.jobs, job, lambda write: write()).scratch() as folder:
+        (folder / "0").write_bytes(b"half a model")
+        assert scratch(yard, job)
+    assert yard.files(job) == []
 
 
 def test_what_a_killed_attempt_left_goes_before_as_much_is_written_again(yard: Yard, place: Workplace) -> None:
