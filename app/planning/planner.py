@@ -40,6 +40,7 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     Raises:
         MergeyardError: with every problem found, each with its place in the recipe.
     """
+    resolver = replace(resolver, names=frozenset(str(document.name) for document in recipe.earlier))
     made: dict[str, ModelSource] = {}  # by what the recipe calls them
     plans: list[Plan] = []
     problems: list[Problem] = []

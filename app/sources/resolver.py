@@ -29,7 +29,7 @@ class Resolver:
     sha256 hex) says what is there for whoever asks; ``merges`` finds a published merge by id, or raises
     `source_not_found`; ``local`` (only for local commands, never the service) lets bare references be
     plain paths, absolute or relative to that folder. ``documents`` are the models that the recipe's other documents
-    make, by what it calls them; they are meant before anything else.
+    make, by what it calls them; they are meant before anything else. No path is called by one of their ``names``.
     """
 
     roots: Sequence[Path] = ()
@@ -38,6 +38,7 @@ class Resolver:
     merges: Callable[[str], MergedFiles] | None = None
     local: Path | None = None
     documents: Mapping[str, ModelSource] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
 
     def model(self, text: str) -> ModelSource:
         """A full model. Raises MergeyardError as `canonical` and `load_model` do."""
@@ -97,6 +98,7 @@ class Resolver:
                     # relative to the recipe where it can be, so that two spellings of one folder are equal
                     real, here = folder.resolve(), self.local.resolve()
                     name = real.relative_to(here).as_posix() if real.is_relative_to(here) else real.as_posix()
+                    name = real.as_posix() if name in self.names else name
                     return Reference("bare", name), list_files(folder)
                 return self._below_roots(reference.name, text)
 

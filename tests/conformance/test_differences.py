@@ -60,6 +60,32 @@ def test_without_a_dtype_the_result_has_the_type_of_the_base(
 
 
 @BothArchitectures
+def test_an_earlier_document_is_not_rounded(architecture: Architecture, roots: dict[str, Path], tmp_path: Path) -> None:
+    """mergekit-multi writes it in the type of its files, and reads it again."""
+    name, weight = "left", 0.3
+    merging = {"merge_method": "task_arithmetic", "parameters": {"weight": weight}}
+    left = {**merging, "name": name, "base_model": "tiny/half-base", "models": [{"model": "tiny/half-one"}]}
+    recipe = {"documents": [left, {**merging, "base_model": name, "models": [{"model": "tiny/half-two"}]}]}
+    found = merged_here(json.dumps(recipe), roots[architecture], tmp_path / "out")
+    base, one, two = (_model(roots[architecture], name) for name in ("half-base", "half-one", "half-two"))
+    exact = {name: base[name] + np.float32(weight) * (one[name] - base[name]) for name in base}
+
+    def onto(start: Tensors) -> Tensors:
+        return {name: _bfloat16(start[name] + np.float32(weight) * (two[name] - start[name])) for name in base}
+
+    assert differing(found, onto(exact)) == {}
+    assert differing(found, onto({name: _bfloat16(values) for name, values in exact.items()})) != {}
+
+
+def test_a_document_that_the_result_does_not_need_is_refused(roots: dict[str, Path], tmp_path: Path) -> None:
+    """mergekit-multi merges it all the same, into a folder of its own."""
+    recipe = (RECIPES / "both" / "documents.yaml").read_text().replace("{model: right,", "{model: tiny/one,")
+    with pytest.raises(MergeyardError, match="names 'right'") as refused:
+        merged_here(recipe, roots["llama"], tmp_path / "out")
+    assert (refused.value.code, refused.value.where) == ("recipe_invalid", "documents[1]")
+
+
+@BothArchitectures
 def test_of_equal_magnitudes_the_lowest_index_stays(
     architecture: Architecture, ours: Merged, figures: AllFigures, roots: dict[str, Path]
 ) -> None:

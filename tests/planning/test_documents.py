@@ -94,6 +94,18 @@ def test_a_document_wins_over_a_model_of_its_name(root: Path) -> None:
     ]
 
 
+def test_a_folder_of_a_document_s_name_has_another(root: Path) -> None:
+    write_model(root / "left", llama_tensors(seed=9))
+    lists = {**LEFT, "models": [{"model": "./left"}]}
+    recipe = {"documents": [lists, {**RESULT, "models": [{"model": "left"}, {"model": "./left"}]}]}
+    resolver = Resolver(local=root)
+    plan = make_plan(parse_recipe(recipe), resolver)
+    folder = str((root / "left").resolve())
+    assert [source.reference for source in plan.earlier[0].sources] == [folder]
+    assert sorted(source.reference for source in plan.sources) == sorted([folder, "left"])
+    assert make_plan(parse_recipe(plan.recipe), resolver) == plan
+
+
 def test_what_a_document_leaves_as_it_is_is_not_written(root: Path) -> None:
     adapted = {**LEFT, "models": [{"adapter": "sql"}]}
     plan = plan_of(root, adapted, {**RESULT, "models": [{"model": "left"}]})
