@@ -75,28 +75,12 @@ def run_merge(
             Stream(document, own, kernels=kernels, crew=crew, reader=reader, delta_budget=delta_budget)
             for document, own in zip((*plan.earlier, plan), sinks, strict=True)
         ]
-        before, whole = 0, sum(stream.total for stream in streams)
-        found: list[Mapping[str, TensorStatistics]] = []
-        for number, document in enumerate((*plan.earlier, plan)):
-            stream = streams.pop(0)  # with what it keeps in memory
-            shards, statistics = stream.run(Meter(control, hashing, stream.total, before=before, whole=whole))
-            before += stream.total
-            found.append(statistics)
-            if document is not plan:
-                _settle(document, shards, scratch / str(number), reader, hashing)
+        shards, found = _write_weights(plan, streams, scratch, control, hashing, reader)
         sha256 = hashing.result(control.check)
         reader.verify()
         control.stage("publishing")
         sources = _source_records(plan, sha256)
-        earlier = tuple(
-            EarlierRecord(
-                name=str(document.reference),
-                fingerprint=document.digest,
-                sources=_source_records(document, sha256),
-                statistics=statistics,
-            )
-            for document, statistics in zip(plan.earlier, found, strict=False)
-        )
+        earlier = tuple(_earlier_record(*pair, sha256) for pair in zip(plan.earlier, found, strict=False))
         small = _write_small_files(plan, sink, sources, earlier, found[-1])
     return MergeOutput(files=(*shards, *small), sources=sources, statistics=found[-1], earlier=earlier)
 
@@ -202,6 +186,28 @@ def _user_errors(plan: Plan) -> Iterator[None]:
         ) from error
 
 
+def _write_weights(
+    plan: Plan,
+    streams: list[Stream],
+    scratch: Path,
+    control: Control,
+    hashing: SourceDigests,
+    reader: Reader,
+) -> tuple[list[StoredFile], list[Mapping[str, TensorStatistics]]]:
+    """Document after document. The result's weight files, and the statistics of each document."""
+    before, whole = 0, sum(stream.total for stream in streams)
+    shards: list[StoredFile] = []
+    found: list[Mapping[str, TensorStatistics]] = []
+    for number, document in enumerate((*plan.earlier, plan)):
+        stream = streams.pop(0)  # with what it keeps in memory
+        shards, statistics = stream.run(Meter(control, hashing, stream.total, before=before, whole=whole))
+        before += stream.total
+        found.append(statistics)
+        if document is not plan:
+            _settle(document, shards, scratch / str(number), reader, hashing)
+    return shards, found
+
+
 def _settle(plan: Plan, shards: Sequence[StoredFile], folder: Path, reader: Reader, hashing: SourceDigests) -> None:
     """What an earlier document made is there for those that read it."""
     for shard, stored in zip(plan.shards, shards, strict=True):
@@ -226,6 +232,17 @@ def _source_records(plan: Plan, digests: Mapping[SourceFile, str]) -> tuple[Sour
         return SourceRecord(reference=source.reference, role=source.role, files=files)
 
     return tuple(record(source) for source in (plan.base, *plan.sources, *plan.tokenizers))
+
+
+def _earlier_record(
+    plan: Plan, statistics: Mapping[str, TensorStatistics], digests: Mapping[SourceFile, str]
+) -> EarlierRecord:
+    return EarlierRecord(
+        name=str(plan.reference),
+        fingerprint=plan.digest,
+        sources=_source_records(plan, digests),
+        statistics=statistics,
+    )
 
 
 def _write_small_files(
