@@ -93,7 +93,7 @@ def create_app(settings: Settings) -> FastAPI:
 def open_service(settings: Settings) -> Service:
     """Everything the endpoints work with, made from settings. Connects to nothing yet."""
     database = Database(settings.database)
-    jobs = Jobs(database)
+    jobs = Jobs(database, retry_seconds=settings.retry_seconds)
     store = LocalStore(settings.artifacts)
     keys, sessions, entries = Keys(database), Sessions(database), Audit(database)
     return Service(

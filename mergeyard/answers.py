@@ -59,7 +59,16 @@ class MergeSummary(TypedDict):
     urls: dict[str, str]
 
 
+class FailedAttempt(TypedDict):
+    attempt: int
+    at: str
+    code: str
+    message: str
+
+
 class Merge(MergeSummary):
+    failures: list[FailedAttempt]
+    retry_at: str | None
     recipe: dict[str, Any]
     resolved: dict[str, Any]
     estimates: dict[str, int]

@@ -194,6 +194,8 @@ def show_merge(merge: Merge) -> None:
         rows["artifact"] = f"{merge['artifact']['files']} files, {size(merge['artifact']['size'])}"
     _out().print(_pairs({name: value for name, value in rows.items() if value}))
     show_warnings(merge["warnings"])
+    for failure in merge["failures"]:
+        note(f"attempt {failure['attempt']}: {failure['code']}: {failure['message']}", style="yellow")
     if merge["error"]:
         show_failure(merge)
 

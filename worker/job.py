@@ -63,7 +63,7 @@ def open_workplace(settings: Settings) -> Workplace:
     warm_up(kernels)
     return Workplace(
         settings=settings,
-        jobs=Jobs(Database(settings.database)),
+        jobs=Jobs(Database(settings.database), retry_seconds=settings.retry_seconds),
         bell=Bell(settings.broker),
         store=LocalStore(settings.artifacts),
         kernels=kernels,

@@ -66,6 +66,15 @@ class Failure(Document):
     problems: list[ProblemItem]
 
 
+class FailedAttempt(Document):
+    """Why one attempt came to nothing. ``code`` as in errors; `worker_lost` is a crash, a kill or a lost connection."""
+
+    attempt: int
+    at: datetime
+    code: str
+    message: str
+
+
 class ArtifactSummary(Document):
     """What a succeeded merge published. ``size`` is the bytes of all files, the manifest's included."""
 
@@ -115,6 +124,8 @@ class Merge(MergeSummary):
     """A merge: one job, from its recipe to its artifact."""
 
     recipe: dict[str, Any] = Field(description="As submitted")
+    failures: list[FailedAttempt] = Field(description="The attempts that failed, in order; hand-backs are none")
+    retry_at: datetime | None = Field(description="While queued after a failure: the next attempt begins no sooner")
     resolved: dict[str, Any] = Field(description="Every reference canonical, every default written out")
     estimates: dict[str, int]
     warnings: list[ProblemItem]
@@ -124,6 +135,8 @@ class Merge(MergeSummary):
         return cls(
             **_summary(job),
             recipe=dict(job.recipe),
+            failures=[FailedAttempt(**failure) for failure in job.failures],
+            retry_at=job.retry_at,
             resolved=dict(job.resolved),
             estimates=dict(job.estimates),
             warnings=[ProblemItem(**warning) for warning in job.warnings],

@@ -62,7 +62,7 @@ class Database:
         """Raise unless the database answers (``database_unavailable``) and is migrated (``not_ready``)."""
         with self.read() as connection:
             found = MigrationContext.configure(connection).get_current_revision()
-        wanted = ScriptDirectory.from_config(_alembic()).get_current_head()
+        wanted = ScriptDirectory.from_config(migrations_config()).get_current_head()
         if found != wanted:
             raise MergeyardError(
                 "not_ready",
@@ -72,7 +72,7 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the schema to this version. Processes that do so at once wait for the first one."""
-        config = _alembic()
+        config = migrations_config()
         with self.write() as connection:  # on SQLite this transaction holds the only write lock
             if self.dialect == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
@@ -104,7 +104,8 @@ def _reachable() -> Iterator[None]:
         ) from error
 
 
-def _alembic() -> Config:
+def migrations_config() -> Config:
+    """Alembic's, for this package's migrations; ``attributes["connection"]`` is the caller's to set."""
     config = Config()
     config.set_main_option("script_location", str(Path(migrations.__path__[0])))
     return config

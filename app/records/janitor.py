@@ -35,7 +35,7 @@ class Janitor:
         *,
         stalled_after: float = 3600.0,
     ) -> None:
-        self._upkeep = Upkeep(jobs.database)
+        self._upkeep = Upkeep(jobs.database, retry_seconds=jobs.retry_seconds)
         self._bell = bell
         self._interval = interval
         self._store = store

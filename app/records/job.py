@@ -57,6 +57,8 @@ class Job:
     progress_bytes: int
     total_bytes: int
     progress_at: datetime | None
+    failures: tuple[Mapping[str, Any], ...]  # {"attempt","at","code","message"}, one for each attempt that failed
+    retry_at: datetime | None  # queued after a failure: the next attempt begins no sooner
     error: Mapping[str, Any] | None  # {"code","title","message","where","fault","problems"}
     artifact: (
         Mapping[str, Any] | None

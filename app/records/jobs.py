@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -35,8 +36,10 @@ class Jobs:
     the service itself, which sees every job.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, retry_seconds: float = 0.0) -> None:
+        """``retry_seconds``: how long a job waits after its first failure; see ``transitions.fail``."""
         self.database = database
+        self.retry_seconds = retry_seconds
 
     # ── submitting and reading ───────────────────────────────────────────────────────────────────
 
@@ -153,9 +156,11 @@ class Jobs:
     def claim(self, job_id: str, *, lease_seconds: float, worker: str = "") -> Job | None:
         """Compare and set: of any number of claimants of a free job one gets it, with a fresh token, the others None.
 
-        Free is: queued, or running under a lease that ran out while attempts remain. The statement decides by
-        itself on both databases: SQLite runs one writer at a time; PostgreSQL (read committed) makes the second
-        UPDATE wait for the first one's commit and then tests the WHERE again on the new row.
+        Free is: queued and not waiting for its ``retry_at``, or running under a lease that ran out while attempts
+        remain. A wait longer than there is means that the database's clock was set back, and binds nobody.
+
+        The statement decides by itself on both databases: SQLite runs one writer at a time; PostgreSQL (read
+        committed) makes the second UPDATE wait for the first one's commit and then tests the WHERE again on the row.
         """
         with self.database.write() as connection:
             before = connection.execute(select(jobs.c.status).where(jobs.c.id == job_id)).scalar()
@@ -165,7 +170,7 @@ class Jobs:
                 .where(
                     jobs.c.id == job_id,
                     or_(
-                        jobs.c.status == Status.QUEUED,
+                        and_(jobs.c.status == Status.QUEUED, rows.may_start(now)),
                         and_(
                             jobs.c.status == Status.RUNNING,
                             jobs.c.lease_expires_at < now,
@@ -179,6 +184,7 @@ class Jobs:
                     attempt=jobs.c.attempt + 1,
                     lease_token=secrets.token_hex(16),
                     lease_expires_at=now + timedelta(seconds=lease_seconds),
+                    retry_at=None,
                     progress_bytes=0,
                     progress_at=now,
                     started_at=func.coalesce(jobs.c.started_at, now),
@@ -191,8 +197,7 @@ class Jobs:
                 return None
             job = rows.read_job(row)
             if before == Status.RUNNING:
-                lost = {"attempt": job.attempt - 1, "reason": "lease_expired"}
-                rows.append(connection, job_id, now, ("worker_lost", lost))
+                job = _lose_earlier(connection, job, now)
             rows.append(connection, job_id, now, ("claimed", {"attempt": job.attempt, "worker": worker}))
             return job
 
@@ -242,7 +247,11 @@ class Jobs:
 
     def fail(self, job_id: str, token: str, error: MergeyardError, *, retry: bool) -> Job:
         """The attempt failed: queued again where ``retry`` and attempts remain, else failed."""
-        return self._held(job_id, token, lambda job, now: transitions.fail(job, now, error=error, retry=retry))
+        return self._held(
+            job_id,
+            token,
+            lambda job, now: transitions.fail(job, now, error=error, retry=retry, pause=self.retry_seconds),
+        )
 
     def hand_back(self, job_id: str, token: str) -> Job:
         """The worker was told to stop: queued again, and the attempt does not count."""
@@ -258,6 +267,15 @@ class Jobs:
         with self.database.write() as connection:
             job = rows.get_held(connection, job_id, token)
             return rows.apply(connection, job, rule(job, clock(connection)))
+
+
+def _lose_earlier(connection: Connection, job: Job, now: datetime) -> Job:
+    """A claim took the job from a dead worker: the attempt before this one has failed."""
+    before = replace(job, attempt=job.attempt - 1)
+    failures = transitions.failed_attempts(before, now, "worker_lost", transitions.LOST["lease_expired"])
+    connection.execute(update(jobs).where(jobs.c.id == job.id).values(failures=failures))
+    rows.append(connection, job.id, now, ("worker_lost", {"attempt": before.attempt, "reason": "lease_expired"}))
+    return replace(job, failures=tuple(failures))
 
 
 def _record(connection: Connection, by: Caller | None, action: str, job_id: str) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import base64
 import binascii
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, insert, or_, select, update
 
 from app.errors import MergeyardError
 from app.records.database import clock
 from app.records.job import Idempotency, Job, LeaseLost, NewJob, Ring, Stage, Status
 from app.records.key import ALPHABET, Caller, random_text
 from app.records.tables import events, idempotency, jobs
-from app.records.transitions import Change, Happening
+from app.records.transitions import LONGEST_PAUSE, Change, Happening
 
 HELD = (Status.RUNNING, Status.CANCELLING)
 _JOB_FIELDS = tuple(field.name for field in fields(Job))
@@ -27,6 +27,7 @@ def read_job(row: Row[Any]) -> Job:
     values["status"] = Status(values["status"])
     values["stage"] = None if values["stage"] is None else Stage(values["stage"])
     values["warnings"] = tuple(values["warnings"])
+    values["failures"] = tuple(values["failures"])
     return Job(**values)
 
 
@@ -102,6 +103,7 @@ def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> 
             estimates=dict(new.estimates),
             warnings=[dict(warning) for warning in new.warnings],
             attempt=0,
+            failures=[],
             max_attempts=new.max_attempts,
             progress_bytes=0,
             total_bytes=new.total_bytes,
@@ -137,6 +139,12 @@ def earlier(connection: Connection, key: Idempotency) -> Job | None:
             "This Idempotency-Key came with another request before; use a new key for a new request.",
         )
     return get(connection, row.job_id)
+
+
+def may_start(now: datetime) -> ColumnElement[bool]:
+    """That a queued job does not wait for its ``retry_at``."""
+    too_far = now + timedelta(seconds=LONGEST_PAUSE + 1)  # the clock was set back: no job waits that long
+    return or_(jobs.c.retry_at.is_(None), jobs.c.retry_at <= now, jobs.c.retry_at > too_far)
 
 
 def ring(job: Job) -> Ring:

@@ -19,6 +19,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    text,
 )
 from sqlalchemy.types import TypeDecorator
 
@@ -90,6 +91,8 @@ jobs = Table(
     Column("progress_bytes", BigInteger, nullable=False),
     Column("total_bytes", BigInteger, nullable=False),
     Column("progress_at", UtcTime),
+    Column("failures", JSON, nullable=False, server_default=text("'[]'")),  # one entry for each attempt that failed
+    Column("retry_at", UtcTime),  # of a queued job: nobody may claim it before
     Column("error", _absent_json()),
     Column("artifact", _absent_json()),
     Column("pinned", Boolean, nullable=False),

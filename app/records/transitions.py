@@ -8,6 +8,8 @@
 
 In ``cancelling``, publish is refused, and fail, lose and hand_back end in ``cancelled``.
 
+What goes back to the queue after a failure waits there, longer each time (``retry_at``); what was handed back does not.
+
 A rule looks at the job as it is (locked, in the transaction that will write) and says what to write and which
 events to leave; ``jobs.py`` does both under the lease token. Rules are pure: no clock, no database. Only ``claim``
 decides in SQL, because there the race is the rule; see ``Jobs.claim``.
@@ -25,6 +27,12 @@ from app.errors import CODES, MergeyardError
 from app.records.job import CancelRequested, Job, Stage, Status
 
 Happening = tuple[str, Mapping[str, Any]]  # an event's type and data
+
+LONGEST_PAUSE = 300.0  # seconds between two attempts
+LOST = {
+    "lease_expired": "The worker stopped answering: it crashed, was killed (out of memory?) or lost its connection.",
+    "stalled": "The merge did not move for too long.",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,18 +89,27 @@ def publish(job: Job, now: datetime, *, artifact: Mapping[str, Any]) -> Change:
     )
 
 
-def fail(job: Job, now: datetime, *, error: MergeyardError, retry: bool) -> Change:
-    """running → queued where ``retry`` and attempts remain, else → failed; cancelling → cancelled."""
+def fail(job: Job, now: datetime, *, error: MergeyardError, retry: bool, pause: float) -> Change:
+    """running → queued where ``retry`` and attempts remain, else → failed; cancelling → cancelled.
+
+    The first retry waits for ``pause`` seconds, each one after it twice as long.
+    """
     if job.status is Status.CANCELLING:
         return confirm_cancelled(job, now)
     reason = error_json(error)
+    failures = failed_attempts(job, now, error.code, error.message)
     if retry and job.attempt < job.max_attempts:
         return Change(
-            values={**_let_go(Status.QUEUED), "rung_at": now},
+            values={
+                **_let_go(Status.QUEUED),
+                "failures": failures,
+                "rung_at": now,
+                "retry_at": _later(job, now, pause),
+            },
             events=(("retried", {"attempt": job.attempt, "error": reason}),),
         )
     return Change(
-        values={**_let_go(Status.FAILED), "error": reason, "finished_at": now},
+        values={**_let_go(Status.FAILED), "failures": failures, "error": reason, "finished_at": now},
         events=(("failed", {"attempt": job.attempt, "error": reason}),),
     )
 
@@ -138,22 +155,32 @@ def delete(job: Job, now: datetime) -> Change:
     return Change(values={"deleted_at": now, "swept": False})
 
 
-def lose(job: Job, now: datetime, *, reason: str) -> Change:
-    """The worker is dead or stalled.
+def lose(job: Job, now: datetime, *, reason: str, pause: float) -> Change:
+    """The worker is dead or stalled (``reason``, a key of ``LOST``).
 
-    running → queued while attempts remain, else → failed with ``worker_lost``; cancelling → cancelled.
+    running → queued while attempts remain, else → failed with ``worker_lost``; cancelling → cancelled. ``pause`` as
+    in ``fail``.
     """
     lost: Happening = ("worker_lost", {"attempt": job.attempt, "reason": reason})
     if job.status is Status.CANCELLING:
         return Change(values=_cancelled(now).values, events=(lost, ("cancelled", {})))
+    failures = failed_attempts(job, now, "worker_lost", LOST[reason])
     if job.attempt < job.max_attempts:
-        return Change(values={**_let_go(Status.QUEUED), "rung_at": now}, events=(lost,))
+        return Change(
+            values={
+                **_let_go(Status.QUEUED),
+                "failures": failures,
+                "rung_at": now,
+                "retry_at": _later(job, now, pause),
+            },
+            events=(lost,),
+        )
     attempts = "the only attempt" if job.max_attempts == 1 else f"the last of {job.max_attempts} attempts"
     reason_json = error_json(
         MergeyardError("worker_lost", f"The worker disappeared during {attempts}. Submit the merge again.")
     )
     return Change(
-        values={**_let_go(Status.FAILED), "error": reason_json, "finished_at": now},
+        values={**_let_go(Status.FAILED), "failures": failures, "error": reason_json, "finished_at": now},
         events=(lost, ("failed", {"attempt": job.attempt, "error": reason_json})),
     )
 
@@ -171,6 +198,17 @@ def error_json(error: MergeyardError) -> dict[str, Any]:
         "fault": error.fault,
         "problems": [problem.as_json() for problem in error.problems],
     }
+
+
+def failed_attempts(job: Job, now: datetime, code: str, message: str) -> list[Mapping[str, Any]]:
+    """``Job.failures`` with the attempt that is going on now."""
+    return [*job.failures, {"attempt": job.attempt, "at": now.isoformat(), "code": code, "message": message}]
+
+
+def _later(job: Job, now: datetime, pause: float) -> datetime | None:
+    """When the next attempt may begin; None is at once."""
+    seconds = min(LONGEST_PAUSE, pause * 2 ** min(job.attempt - 1, 16))
+    return now + timedelta(seconds=seconds) if seconds > 0 else None
 
 
 def _let_go(status: Status) -> dict[str, Any]:

@@ -35,22 +35,24 @@ class Claims:
 class Upkeep:
     """The janitor's statements on ``database``."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, retry_seconds: float = 0.0) -> None:
+        """``retry_seconds`` as in ``Jobs``."""
         self.database = database
+        self._retry_seconds = retry_seconds
 
     def round(self, *, ring_after: float = 10.0, stalled_after: float = 3600.0) -> JanitorReport:
         """Take jobs from dead or stalled workers, and find the doorbells to press.
 
         A worker is dead when its lease ran out, stalled when its job did not move for ``stalled_after`` seconds. To
-        press are the doorbells of what was requeued, and of what has been queued for ``ring_after`` seconds without
-        being rung.
+        press are the doorbells of what was requeued, once its pause is over, and of what has been queued for
+        ``ring_after`` seconds without being rung.
         """
         ended: dict[Status, list[str]] = {Status.QUEUED: [], Status.FAILED: [], Status.CANCELLED: []}
         rings: list[Ring] = []
         for job_id in self._suspects(stalled_after):
             if (job := self._lose(job_id, stalled_after)) is not None:
                 ended[job.status].append(job.id)
-                if job.status is Status.QUEUED:
+                if job.status is Status.QUEUED and job.retry_at is None:
                     rings.append(rows.ring(job))
         rings += self._stale(ring_after)
         return JanitorReport(
@@ -61,10 +63,10 @@ class Upkeep:
         )
 
     def waiting(self, queue: str) -> int:
-        """How many jobs wait in ``queue``."""
-        statement = select(func.count()).where(jobs.c.status == Status.QUEUED, jobs.c.queue == queue)
+        """How many jobs wait in ``queue`` for nothing but a worker."""
+        waiting = select(func.count()).where(jobs.c.status == Status.QUEUED, jobs.c.queue == queue)
         with self.database.read() as connection:
-            return connection.execute(statement).scalar_one()
+            return connection.execute(waiting.where(rows.may_start(clock(connection)))).scalar_one()
 
     def unswept(self, *, after: Job | None = None) -> list[tuple[Job, bool]]:
         """Finished jobs whose leftover files are still to be swept from the store, and whether each was deleted.
@@ -115,12 +117,13 @@ class Upkeep:
             job = rows.read_job(row)
             expired = job.lease_expires_at is not None and job.lease_expires_at < now
             reason = "lease_expired" if expired else "stalled"
-            return rows.apply(connection, job, transitions.lose(job, now, reason=reason))
+            return rows.apply(connection, job, transitions.lose(job, now, reason=reason, pause=self._retry_seconds))
 
     def _stale(self, ring_after: float) -> list[Ring]:
         with self.database.write() as connection:
             now = clock(connection)
-            stale = and_(jobs.c.status == Status.QUEUED, jobs.c.rung_at <= now - timedelta(seconds=ring_after))
+            due = or_(jobs.c.rung_at <= now - timedelta(seconds=ring_after), jobs.c.retry_at > jobs.c.rung_at)
+            stale = and_(jobs.c.status == Status.QUEUED, rows.may_start(now), due)
             # In turn: a queue that no worker serves must keep neither its own later jobs nor other queues waiting.
             turn = func.row_number().over(partition_by=jobs.c.queue, order_by=(jobs.c.rung_at, jobs.c.created_at))
             waiting = select(jobs.c.id, jobs.c.rung_at, turn.label("turn")).where(stale).subquery()

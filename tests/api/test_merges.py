@@ -115,3 +115,18 @@ class TestDelete:
         api.http.delete(f"/merges/{job.id}")
         recipe = {"merge_method": "linear", "models": [{"model": f"merge:{job.id}"}]}
         problem(api.http.post("/merges/plan", json={"recipe": recipe}), 422, "source_not_found")
+
+
+def test_the_reason_of_each_failed_attempt_is_shown(api: ServedApi) -> None:
+    job = api.running(max_attempts=2)
+    api.jobs.fail(job.id, job.lease_token or "", MergeyardError("out_of_memory", "Too little."), retry=True)
+    waiting = api.http.get(f"/merges/{job.id}").json()
+    assert (waiting["status"], waiting["attempt"], waiting["error"]) == ("queued", 1, None)
+    again = api.jobs.claim(job.id, lease_seconds=3600)
+    assert again is not None
+    api.jobs.fail(job.id, again.lease_token or "", MergeyardError("disk_full", "Full."), retry=True)
+    failed = api.http.get(f"/merges/{job.id}").json()
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "disk_full")
+    reasons = [(failure["attempt"], failure["code"], failure["message"]) for failure in failed["failures"]]
+    assert reasons == [(1, "out_of_memory", "Too little."), (2, "disk_full", "Full.")]
+    assert "failures" not in api.http.get("/merges").json()["items"][0]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
-from app.records.database import Database
+from app.records.database import Database, clock
 from app.records.job import CancelRequested, Job, LeaseLost, NewJob, Stage, Status
 from app.records.jobs import Jobs
 from app.records.tables import events
 from app.records.tables import jobs as table
+from app.records.upkeep import Upkeep
 from tests.records.submitting import ARTIFACT, claimed, new_job
 
 BROKEN = MergeyardError("disk_full", "The disk is full.")
@@ -157,6 +159,69 @@ def test_a_failure_with_attempts_left_goes_back_to_the_queue_with_its_reason(job
         "fault": "system",
         "problems": [{"code": "disk_full", "message": "The disk is full.", "where": ""}],
     }
+
+
+def test_the_reason_of_each_attempt_is_kept_until_none_is_left(jobs: Jobs) -> None:
+    """One failed, one was handed back, one was lost to another claim, one to the janitor: the job stops."""
+    upkeep = Upkeep(jobs.database)
+    job = claimed(jobs, max_attempts=3)
+    jobs.fail(job.id, token(job), BROKEN, retry=True)
+    jobs.hand_back(job.id, token(again(jobs, job, 60)))
+    again(jobs, job, 0.01)
+    time.sleep(0.05)
+    again(jobs, job, 0.01)
+    time.sleep(0.05)
+    assert upkeep.round().failed == (job.id,)
+    failed = jobs.get(job.id)
+    assert [(failure["attempt"], failure["code"]) for failure in failed.failures] == [
+        (1, "disk_full"),
+        (2, "worker_lost"),
+        (3, "worker_lost"),
+    ]
+    assert failed.failures[0]["message"] == "The disk is full."
+    assert jobs.claim(job.id, lease_seconds=60) is None
+
+
+def again(jobs: Jobs, job: Job, lease_seconds: float) -> Job:
+    running = jobs.claim(job.id, lease_seconds=lease_seconds)
+    assert running is not None
+    return running
+
+
+def test_each_retry_waits_twice_as_long_as_the_one_before(database: Database) -> None:
+    jobs, pauses = Jobs(database, retry_seconds=2.0), []
+    job, _ = jobs.submit(new_job(max_attempts=20))
+    for _ in range(10):
+        with database.write() as connection:
+            connection.execute(update(table).values(retry_at=None))
+        failed = jobs.fail(job.id, token(again(jobs, job, 60)), BROKEN, retry=True)
+        assert failed.retry_at is not None
+        pauses.append(round((failed.retry_at - failed.updated_at).total_seconds()))
+    assert pauses == [2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+
+
+def test_nobody_claims_or_rings_for_a_job_before_its_pause_is_over(database: Database) -> None:
+    jobs, upkeep = Jobs(database, retry_seconds=60), Upkeep(database, retry_seconds=60)
+    failed, lost = claimed(jobs), claimed(jobs, lease_seconds=0.01)
+    jobs.fail(failed.id, token(failed), BROKEN, retry=True)
+    time.sleep(0.05)
+    assert upkeep.round(ring_after=0).ring == ()
+    assert [jobs.claim(job.id, lease_seconds=60) for job in (failed, lost)] == [None, None]
+    assert upkeep.waiting("default") == 0
+    with database.write() as connection:
+        now = clock(connection)
+        connection.execute(update(table).values(retry_at=now, rung_at=now - timedelta(seconds=30)))
+    assert {ring.id for ring in upkeep.round(ring_after=60).ring} == {failed.id, lost.id}
+    assert upkeep.round(ring_after=60).ring == (), "one ring for each"
+    assert again(jobs, failed, 60).retry_at is None
+
+
+def test_a_clock_that_was_set_back_keeps_no_job_waiting(jobs: Jobs, database: Database) -> None:
+    job = claimed(jobs)
+    jobs.fail(job.id, token(job), BROKEN, retry=True)
+    with database.write() as connection:
+        connection.execute(update(table).values(retry_at=database.now() + timedelta(hours=1)))
+    assert again(jobs, job, 60).attempt == 2
 
 
 def test_a_failure_that_a_retry_cannot_mend_is_final_at_once(jobs: Jobs) -> None:

@@ -112,6 +112,7 @@ def open_yard(
         "broker_url": broker_url,
         "model_roots": str(folder / "models"),
         "lease_seconds": 2.0,
+        "retry_seconds": 0.0,
         "threads": 1,
         "queue": queue,
     }
