@@ -32,7 +32,8 @@ class Watched:
 
     ``seconds``, ``processor``: of the work, the start-up of the process and its imports not in it; ``whole``: of the
     process by the clock, with them. ``rss``, ``private`` (Private_Clean + Private_Dirty): the peaks of the sums over
-    the process tree. ``disk``: the most that lay in the run's folder. ``said``: by a run that failed.
+    the process tree. ``disk``: the most that lay in the run's folder. ``others``: processor time that anybody else took
+    meanwhile, in seconds. ``said``: by a run that failed.
     """
 
     outcome: Outcome
@@ -42,6 +43,7 @@ class Watched:
     rss: int
     private: int
     disk: int
+    others: float = 0.0
     device: str = ""
     said: str = ""
 
@@ -62,7 +64,7 @@ def watch(
     A command whose last line of output is what ``Clock.report`` prints is taken at its word; any other's time is that
     of its process.
     """
-    used = _children_processor()
+    used, busy = _children_processor(), _machine_processor()
     began = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -79,6 +81,8 @@ def watch(
     output, errors = process.communicate()
     whole = time.perf_counter() - began
     watcher.join()
+    processor = _children_processor() - used
+    others = max(0.0, _machine_processor() - busy - processor)
     stopped = peaks.stopped
     if stopped is None and process.returncode == -signal.SIGKILL:
         stopped = "over memory"  # by the kernel, faster than we looked
@@ -87,11 +91,12 @@ def watch(
     return Watched(
         outcome=stopped or ("failed" if failed else "done"),
         seconds=own.get("seconds", whole),
-        processor=own.get("processor", _children_processor() - used),
+        processor=own.get("processor", processor),
         whole=whole,
         rss=peaks.rss,
         private=peaks.private,
         disk=peaks.disk,
+        others=others,
         device=own.get("device", ""),
         said=errors[-TAIL:] if failed else "",
     )
@@ -100,6 +105,12 @@ def watch(
 def _children_processor() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def _machine_processor() -> float:
+    """Of everybody on all cores, and what the machine below took away."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guests are in user and nice
 
 
 def _reported(output: str) -> dict[str, float | str]:

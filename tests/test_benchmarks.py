@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -123,12 +124,30 @@ def test_a_figure_is_reached_missed_or_open(tmp_path: Path) -> None:
     assert private.endswith("| ≤ 700 MB | 1000 MB | **not reached** |")
 
 
-def test_figures_of_a_busy_machine_say_that_they_flatter_us(tmp_path: Path) -> None:
+def test_times_of_a_busy_machine_are_not_judged_and_said_to_flatter_us(tmp_path: Path) -> None:
     runs = Runs(tmp_path / "runs.jsonl")
-    runs.add(replace(run("ours"), load=2.9))  # what ours leaves behind on two cores
-    assert "flatters us" not in write_report(runs, [], folder=tmp_path, cores=2, into=None)
-    runs.add(replace(run("ours", 2), load=3.1))
-    assert "flatters us" in write_report(runs, [], folder=tmp_path, cores=2, into=None)
+    for name in ("cp", "products", "ours"):
+        runs.add(run(name, whole=1.0, others=0.01 * (os.cpu_count() or 1)))
+    text = write_report(runs, [], folder=tmp_path, cores=2, into=None)
+    assert "| ≤ 2.00 | 0.50 | reached |" in text
+    assert "flatters us" not in text
+    runs.add(run("ours", 2, whole=1.0, others=0.9 * (os.cpu_count() or 1)))
+    text = write_report(runs, [], folder=tmp_path, cores=2, into=None)
+    assert "| ≤ 2.00 | 0.50 | not judged |" in text
+    assert "| ≤ 700 MB | 1000 MB | **not reached** |" in text  # memory is what it is
+    assert "flatters us" in text
+
+
+def test_processor_time_that_others_take_meanwhile_is_seen(tmp_path: Path) -> None:
+    spin = "import time; end = time.process_time() + {}\nwhile time.process_time() < end: pass"
+    other = subprocess.Popen([sys.executable, "-c", spin.format(60)])
+    try:
+        found = watch([sys.executable, "-c", spin.format(0.5)], folder=tmp_path, run=tmp_path, cap=60)
+    finally:
+        other.kill()
+        other.wait()
+    assert 0.4 < found.processor < 2.0
+    assert found.others > 0.1
 
 
 def test_a_stopped_peer_that_ran_too_short_to_tell_leaves_its_figure_open(tmp_path: Path) -> None:
