@@ -47,7 +47,7 @@ class Other(StrEnum):
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, YAML or JSON; - reads standard input.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist yet.")]
-OnDevice = Annotated[Device, typer.Option("--device", help="Where to calculate.")]
+OnDevice = Annotated[Device, typer.Option("--device", help="Where to calculate; auto: on a GPU where there is one.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="0: every core.")]
 MergeId = Annotated[str, typer.Argument(metavar="ID", help="The merge's id.")]
 Url = Annotated[str, typer.Option("--url", envvar="MERGEYARD_URL", help="The service.")]
@@ -129,7 +129,7 @@ def up(
         Path | None, typer.Option(help="Everything is kept here. [default: mergeyard-data]", show_default=False)
     ] = None,
 ) -> None:
-    """Run the whole service on this machine: SQLite, an embedded Valkey, one worker, the API."""
+    """Run the whole service on this machine: SQLite, an embedded Valkey, a worker (or one for each GPU), the API."""
     from mergeyard.up import run_up
 
     raise typer.Exit(run_up(read_settings(host=host, port=port, data_dir=data_dir)))

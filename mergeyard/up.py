@@ -1,9 +1,9 @@
 """``mergeyard up``: the whole service on one machine, started in order, kept alive, and stopped without a trace.
 
-    data folder locked → database migrated → Valkey → worker and API → "Mergeyard is ready at http://…"
+    data folder locked → database migrated → Valkey → workers and API → "Mergeyard is ready at http://…"
 
 Each part is a process of its own, so one can die and be started again while the others go on. Stopping runs
-backwards: the API first, so nothing new is accepted; then the worker, which hands its job back; then Valkey.
+backwards: the API first, so nothing new is accepted; then the workers, which hand their jobs back; then Valkey.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ from types import FrameType
 from app.records.bell import Bell
 from app.records.database import Database
 from app.settings import Settings
+from mergeyard.gpus import usable_gpus
 from mergeyard.processes import Part, StartError, Supervisor
 from mergeyard.serve import check_exposure
 
@@ -98,15 +99,17 @@ def _parts(settings: Settings, listener: socket.socket, broker: Path | None) -> 
         environment["MERGEYARD_BROKER_URL"] = f"redis+socket://{broker}"
         parts.append(_valkey(broker, settings.root, logs))
     mergeyard = [sys.executable, "-m", "mergeyard.cli"]
-    parts.append(
-        Part(
-            name="worker",
-            command=[*mergeyard, "worker"],
-            environment=environment,
-            log=logs / "worker.log",
-            stop_seconds=WORKER_STOP_SECONDS,
+    gpus = () if settings.device == "cpu" else usable_gpus(environment)
+    for name, variables in worker_environments(settings, gpus).items():
+        parts.append(
+            Part(
+                name=name,
+                command=[*mergeyard, "worker"],
+                environment={**environment, **variables},
+                log=logs / f"{name}.log",
+                stop_seconds=WORKER_STOP_SECONDS,
+            )
         )
-    )
     parts.append(
         Part(
             name="api",
@@ -119,6 +122,22 @@ def _parts(settings: Settings, listener: socket.socket, broker: Path | None) -> 
         )
     )
     return parts
+
+
+def worker_environments(settings: Settings, gpus: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Name of each worker, and the variables that are its own: one a GPU, which sees no other; one where there is none.
+
+    Workers of one machine share its cores, where the settings do not say how many each takes.
+    """
+    if not gpus:
+        return {"worker": {}}
+    if len(gpus) == 1:
+        return {"worker": {"CUDA_VISIBLE_DEVICES": gpus[0]}}
+    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // len(gpus))
+    return {
+        f"worker-{index}": {"CUDA_VISIBLE_DEVICES": gpu, "MERGEYARD_THREADS": str(threads)}
+        for index, gpu in enumerate(gpus)
+    }
 
 
 def _valkey(path: Path, root: Path, logs: Path) -> Part:

@@ -136,7 +136,8 @@ class TestMerge:
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
     def test_on_a_device_this_machine_has_not_is_a_wrong_request(self, recipe: Path, tmp_path: Path) -> None:
-        ran = mergeyard("merge", recipe, tmp_path / "out", "--device", "cuda", "--json")
+        hidden = {"CUDA_VISIBLE_DEVICES": ""}
+        ran = mergeyard("merge", recipe, tmp_path / "out", "--device", "cuda", "--json", **hidden)
         assert (ran.code, ran.json["error"]["code"]) == (2, "not_supported")
 
 

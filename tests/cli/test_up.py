@@ -17,8 +17,12 @@ import httpx
 import psutil
 import pytest
 
+from app.settings import Settings
+from mergeyard import gpus
 from mergeyard.client import Client
-from mergeyard.up import SOCKET_PATH_BYTES, broker_socket
+from mergeyard.gpus import usable_gpus
+from mergeyard.processes import StartError
+from mergeyard.up import SOCKET_PATH_BYTES, broker_socket, worker_environments
 from tests import servers, tiny
 from tests.cli.commands import MERGEYARD, environment, mergeyard
 
@@ -240,3 +244,62 @@ class TestTheBrokersSocket:
         assert path.parent.stat().st_mode & 0o077 == 0
         assert broker_socket(Path(root)) == path
         path.parent.rmdir()
+
+
+class TestWorkersAndGpus:
+    """What a machine with GPUs answers is made up here: the driver's tool by an empty file, torch by what it prints."""
+
+    @pytest.fixture
+    def driver(self, tmp_path: Path) -> dict[str, str]:
+        tool = tmp_path / "nvidia-smi"
+        tool.touch(mode=0o755)
+        return {"PATH": str(tmp_path)}
+
+    @pytest.fixture
+    def torch_says(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+        return lambda program: monkeypatch.setattr(gpus, "COUNT", program)
+
+    def test_there_is_one_for_each_gpu_and_it_sees_no_other(self) -> None:
+        found = worker_environments(Settings(threads=5), ["0", "GPU-9f2c"])
+        assert found == {
+            "worker-0": {"CUDA_VISIBLE_DEVICES": "0", "MERGEYARD_THREADS": "5"},
+            "worker-1": {"CUDA_VISIBLE_DEVICES": "GPU-9f2c", "MERGEYARD_THREADS": "5"},
+        }
+
+    def test_they_share_the_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+        found = worker_environments(Settings(threads=0), ["0", "1", "2"])
+        assert [own["MERGEYARD_THREADS"] for own in found.values()] == ["5", "5", "5"]
+
+    def test_there_is_one_where_there_is_one_gpu_or_none(self) -> None:
+        assert worker_environments(Settings(), []) == {"worker": {}}
+        assert worker_environments(Settings(), ["3"]) == {"worker": {"CUDA_VISIBLE_DEVICES": "3"}}
+
+    def test_gpus_are_counted_in_another_process(
+        self, driver: dict[str, str], torch_says: Callable[[str], None]
+    ) -> None:
+        torch_says("print(3)")
+        assert usable_gpus(driver) == ("0", "1", "2")
+
+    def test_gpus_that_the_user_chose_keep_their_names(
+        self, driver: dict[str, str], torch_says: Callable[[str], None]
+    ) -> None:
+        torch_says("import os; print(len(os.environ['CUDA_VISIBLE_DEVICES'].split(',')))")
+        assert usable_gpus(driver | {"CUDA_VISIBLE_DEVICES": "2, GPU-9f2c"}) == ("2", "GPU-9f2c")
+
+    def test_what_the_engine_cannot_use_does_not_count(self, driver: dict[str, str]) -> None:
+        """This one asks the real torch, of a machine that has the tool and no GPU."""
+        if Path("/dev/nvidiactl").exists():
+            pytest.skip("this machine has a GPU")
+        assert usable_gpus({**os.environ, **driver}) == ()
+
+    def test_without_a_driver_nothing_is_started(self, torch_says: Callable[[str], None], tmp_path: Path) -> None:
+        torch_says("raise SystemExit(1)")
+        assert usable_gpus({"PATH": str(tmp_path)}) == ()
+
+    def test_an_answer_that_does_not_come_says_so(
+        self, driver: dict[str, str], torch_says: Callable[[str], None]
+    ) -> None:
+        torch_says("raise SystemExit('libcuda is broken')")
+        with pytest.raises(StartError, match="libcuda is broken"):
+            usable_gpus(driver)

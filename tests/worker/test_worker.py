@@ -203,7 +203,10 @@ def test_a_worker_hears_again_after_its_broker_restarted(tmp_path: Path, tiny_mo
         ({"device": "cuda"}, "not_supported"),
     ],
 )
-def test_a_worker_says_why_it_cannot_start(tmp_path: Path, settings: dict[str, str], code: str) -> None:
+def test_a_worker_says_why_it_cannot_start(
+    tmp_path: Path, settings: dict[str, str], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(MergeyardError) as caught:
         run_worker(Settings(data_dir=tmp_path, **settings))  # type: ignore[arg-type]
     assert caught.value.code == code

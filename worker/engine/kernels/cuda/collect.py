@@ -9,7 +9,7 @@ import triton.language as tl
 from worker.engine.kernels.cuda.operands import FIELDS, HIGH, LOW, Operands, delta_tile, magnitudes, tile_at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step", "room"])
 def _collect(
     table,
     found,

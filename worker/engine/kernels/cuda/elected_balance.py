@@ -11,7 +11,7 @@ from worker.engine.kernels.cuda.voting import COUNT, ELECTIONS, cast_vote, elect
 from worker.engine.kernels.signature import Rule
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "sources", "required"])
 def _elected_balance(
     table,
     count,

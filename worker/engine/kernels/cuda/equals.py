@@ -46,7 +46,7 @@ def _count(
     tl.store(counts + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.sum(equal.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _find(
     table,
     divided,

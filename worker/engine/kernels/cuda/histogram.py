@@ -14,7 +14,7 @@ from worker.engine.kernels.cuda.workspace import Workspace
 COPIES = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix"])
 def _histogram(
     table,
     copies,

@@ -62,7 +62,7 @@ class Counted:
     squares: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "sources", "required"])
 def _merge(
     table,
     count,
