@@ -51,22 +51,26 @@ def create(
     replaces: Annotated[
         str | None, typer.Option(metavar="ID", help="Take over this key's owner, scopes and note, and end it.")
     ] = None,
-    grace: Annotated[str, typer.Option(metavar="TIME", help="How long the replaced key goes on working.")] = "24h",
+    grace: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long the replaced key goes on working. [default: 24h]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a key and print it. It is shown this once: only its digest is kept."""
     from app.records.key import Scope
     from mergeyard import display
 
-    if (replaces is None) == (not owner) or (replaces is not None and (scope or note)):
-        raise typer.BadParameter("give --owner, or --replaces alone: a key that replaces another has what that one has")
+    if replaces is None and (not owner or grace):
+        raise typer.BadParameter("give --owner; --grace goes with --replaces")
+    if replaces is not None and (owner or scope or note):
+        raise typer.BadParameter("a key that --replaces another has its owner, scopes and note")
     lifetime = None if expires_in is None else _duration(expires_in)
     with _opened() as found:
         if replaces is None:
             scopes = [Scope(name.value) for name in scope or (ScopeName.merge, ScopeName.read)]
             made = found.create(owner=owner, scopes=scopes, note=note, expires_in=lifetime, by=_operator())
         else:
-            made = found.replace(replaces, grace=_duration(grace), expires_in=lifetime, by=_operator())
+            made = found.replace(replaces, grace=_duration(grace or "24h"), expires_in=lifetime, by=_operator())
         now = found.database.now()
     if as_json:
         print_json({"key": made.text, **_document(made.key, now)})

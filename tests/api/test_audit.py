@@ -9,8 +9,13 @@ import pytest
 
 from app.api.examples import RECIPE
 from app.api.failures import ROWS_A_MINUTE
+from app.records.audit import Audit
+from app.records.database import Database
+from app.records.key import Caller, Scope
+from app.records.keys import Keys
+from app.settings import Settings
 from tests import files
-from tests.api.serving import GuardedApi
+from tests.api.serving import GuardedApi, serving
 from tests.api.test_uploads import parts_of
 
 
@@ -83,3 +88,16 @@ def test_failed_authentications_are_counted_in_few_rows(guarded: GuardedApi, mon
     assert found[0]["request_id"] == "from-revoked" and found[0]["data"]["address"] == "127.0.0.1"
     assert found[0]["key_id"] == guarded.keys["revoked"][4:16]
     assert guarded.keys["wrong"][17:] not in str(found)
+
+
+def test_what_is_counted_is_written_when_the_process_ends(
+    database: Database, database_url: str, tmp_path: Path
+) -> None:
+    Keys(database).create(owner="alice", scopes=list(Scope), by=Caller(owner="cli:tests"))
+    settings = Settings(data_dir=tmp_path, database_url=database_url, rate_failures=0, janitor_seconds=3600)
+    with serving(settings) as api:
+        for _ in range(ROWS_A_MINUTE * 3):
+            assert api.http.get("/merges", headers={"Authorization": "Bearer nonsense"}).status_code == 401
+    found = Audit(database).list(action="authentication_failed")
+    assert sum(entry.data["count"] for entry in found) == ROWS_A_MINUTE * 3
+    assert len(found) <= 2 * ROWS_A_MINUTE + 1  # the minute may have turned between

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,24 @@ def test_a_broker_that_is_away_keeps_nobody_out(start: Start, tmp_path: Path) ->
     answers = [api.http.get("/merges", headers=key) for _ in range(4)]
     assert {answer.status_code for answer in answers} == {200}
     assert "ratelimit" not in answers[0].headers
+
+
+def test_a_broker_that_hangs_is_asked_once_and_left_alone_for_a_while(start: Start) -> None:
+    asked: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    asked.append(silent.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        api = start(rate_requests=1, broker_url=f"redis://127.0.0.1:{silent.getsockname()[1]}")
+        key = key_of(api)
+        assert {api.http.get("/merges", headers=key).status_code for _ in range(4)} == {200}
+        assert len(asked) == 1
+        for connection in asked:
+            connection.close()
 
 
 def test_wrong_keys_are_counted_by_address_and_good_ones_from_there_pass(start: Start, tmp_path: Path) -> None:

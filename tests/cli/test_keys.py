@@ -56,6 +56,7 @@ def test_a_key_replaces_another(variables: dict[str, str]) -> None:
     [
         ("create",),
         ("create", "--owner", "a b"),
+        ("create", "--owner", "a", "--grace", "1h"),
         ("create", "--owner", "a", "--expires-in", "soon"),
         ("create", "--owner", "a", "--expires-in", "9999999d"),
         ("create", "--owner", "a", "--scope", "write"),

@@ -19,7 +19,7 @@ import pytest
 
 from app.settings import Settings
 from mergeyard import gpus
-from mergeyard.client import Client
+from mergeyard.client import ApiError, Client
 from mergeyard.gpus import usable_gpus
 from mergeyard.processes import StartError
 from mergeyard.up import SOCKET_PATH_BYTES, broker_socket, worker_environments
@@ -199,6 +199,31 @@ class TestAService:
         with pytest.raises(httpx.ConnectError):
             httpx.get(up.url)
         assert not (up.data / "valkey.sock").exists()
+
+
+def test_whoever_has_a_key_merges_from_upload_to_download_and_nobody_else(tmp_path: Path, tiny_models: Path) -> None:
+    data = tmp_path / "data"
+    mergeyard("migrate", MERGEYARD_DATA_DIR=str(data))
+    made = [
+        mergeyard("keys", "create", "--owner", owner, MERGEYARD_DATA_DIR=str(data)).out.strip()
+        for owner in ("search", "ads")
+    ]
+    up = start(data, tiny_models)
+    try:
+        with Client(up.url, made[0]) as mine, Client(up.url, made[1]) as theirs, Client(up.url, "") as nobodys:
+            reference = mine.upload([tiny_models / "sql" / name for name in ADAPTER])["reference"]
+            recipe = tiny.recipe(models=[{"adapter": reference}])
+            first = mine.wait(mine.submit(recipe)["id"], timeout=60)
+            again = mine.wait(mine.submit({**recipe, "base_model": f"merge:{first['id']}"})["id"], timeout=60)
+            assert (first["status"], again["status"], again["owner"]) == ("succeeded", "succeeded", "search")
+            assert (mine.download(again["id"], tmp_path / "out") / "model.safetensors").stat().st_size > 0
+            for refused, code in ((theirs, "not_found"), (nobodys, "key_required")):
+                with pytest.raises(ApiError) as caught:
+                    refused.get(again["id"])
+                assert caught.value.code == code
+            assert theirs.list()["items"] == []
+    finally:
+        end(up)
 
 
 def ends_without_a_trace(data: Path, models: Path, number: int, **variables: str) -> None:
