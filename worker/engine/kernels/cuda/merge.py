@@ -53,13 +53,15 @@ ACTIVE, CONFLICTS, OVERFLOWS = (tl.constexpr(place) for place in range(3))  # be
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """On the device. ``counts``: int64 (N + 3,), what each source kept, then active, conflicts, tiles that overflow.
+    """What a merge found, in one piece of the device's memory, so that one copy brings it to the host."""
 
-    ``squares``: float64 (N + 1,), of each source, then of the change.
-    """
+    found: torch.Tensor  # int64 (2N + 4,), the last N + 1 the bits of float64
+    sources: int
 
-    counts: torch.Tensor
-    squares: torch.Tensor
+    def fetch(self) -> tuple[list[int], list[float]]:
+        """What each source kept, then active, conflicts, tiles that overflow; squares of each source, of the change."""
+        found, split = self.found.cpu(), self.sources + 3
+        return found[:split].tolist(), found[split:].view(torch.float64).tolist()
 
 
 @triton.jit(do_not_specialize=["count", "sources", "required"])
@@ -265,7 +267,7 @@ def merge(
     """``base`` and ``out`` on the device."""
     tiling = operands.tiling(4, 512)
     count = len(weights)
-    counts = workspace.zeros(count + 3, torch.int64)
+    found = workspace.zeros(2 * count + 4, torch.int64)
     partials = workspace.empty(tiling.count * (count + 1), torch.float64).view(tiling.count, count + 1)
     kind, divisor = _divisor(weights, rule)
     _merge[(tiling.count,)](
@@ -273,7 +275,7 @@ def merge(
         count,
         _bits(base),
         _bits(out),
-        counts,
+        found,
         partials,
         tiling.rows,
         tiling.columns,
@@ -295,7 +297,8 @@ def merge(
         **tiling.options,
         **operands.options | ({"ORIGIN": GIVEN.value} if operands.given else {}),
     )
-    return Counted(counts, partials.sum(0))
+    torch.sum(partials, 0, out=found[count + 3 :].view(torch.float64))
+    return Counted(found, count)
 
 
 def _divisor(weights: Sequence[float], rule: Rule) -> tuple[int, float]:

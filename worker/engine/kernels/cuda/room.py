@@ -118,8 +118,7 @@ class CudaKernels:
             operands, divided = _trimmed(deltas, trims, weights, workspace, origin)
             result = workspace.result(out)
             counted = merge.merge(operands, origin, weights, rule, result, divided=divided, workspace=workspace)
-            *kept, active, conflicts, overflows = counted.counts.tolist()
-            *squares, merged_square = counted.squares.tolist()
+            (*kept, active, conflicts, overflows), (*squares, merged_square) = counted.fetch()
         return BlockStatistics(
             kept=tuple(kept),
             squares=tuple(squares),
