@@ -1,4 +1,4 @@
-"""The one signature of the kernel rooms: ``reference`` (plain torch, the oracle), ``cpu`` (Numba).
+"""The one signature of the kernel rooms: ``reference`` (plain torch, the oracle), ``cpu`` (Numba), ``cuda`` (Triton).
 
 All work is on blocks: whole rows of one tensor, flattened to n contiguous values, cut the same way whatever
 the number of threads. The engine runs many blocks side by side, each call on one thread. Values per parameter are

@@ -3,6 +3,9 @@
 A tile goes over its sources twice, to vote and to sum, and δ is never written to memory: of a few sources the votes
 stay in registers, of more δ is formed anew. What a full fine-tune is formed from is then still in the caches; the r
 products of an adapter's value cost 2·r of the 132·128 operations that an H100 does a clock, each time.
+
+Counted in what is compiled for sm_90: four bfloat16 models take about 160 instructions a parameter, for 12 bytes of it.
+An H100 does 29·10¹² of them a second, so arithmetic and not memory bounds it, near two thirds of its bandwidth.
 """
 
 from __future__ import annotations
