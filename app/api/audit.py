@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from datetime import datetime
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from pydantic import Field
 
 from app.api.callers import Administering
 from app.api.merges import Problem
-from app.api.schemas import AuditDocument, AuditPage
+from app.api.schemas import Document
 from app.api.service import Serving
+from app.records.key import AuditEntry
 
 router = APIRouter(prefix="/audit", tags=["audit"])
+
+
+class AuditDocument(Document):
+    """One thing that somebody did. ``subject`` is the id of a merge or a key, or a reference."""
+
+    id: int
+    at: datetime
+    action: str = Field(examples=["submitted"])
+    owner: str = Field(description="Whose key did it; cli:account@machine for `mergeyard keys`")
+    key_id: str | None
+    request_id: str
+    subject: str
+    data: dict[str, Any]
+
+    @classmethod
+    def of(cls, entry: AuditEntry) -> AuditDocument:
+        return cls(**asdict(entry))
+
+
+class AuditPage(Document):
+    """Entries in order. ``after`` is what to ask for next time: the last id seen."""
+
+    items: list[AuditDocument]
+    after: int
 
 
 @router.get("", response_model=AuditPage, summary="Who did what", responses={422: Problem})

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.artifacts.manifest import MANIFEST_NAME, StoredFile
 from app.planning.plan import Plan, PlannedSource, ShardPlan
 from app.records.job import Event, Job, Stage, Status
-from app.records.key import AuditEntry, Caller, Scope, Session
 from app.sources.catalogue import CatalogueEntry
 from app.sources.safetensors import DTYPE_BYTES
 from app.sources.uploads import Upload
@@ -302,50 +301,6 @@ class SourceList(Document):
     """Models and adapters below the roots, and uploads."""
 
     items: list[SourceEntry]
-
-
-class SessionDocument(Document):
-    """Who calls. ``expires_at`` and ``csrf_token`` are a session's; ``key_id`` is null while there are no keys."""
-
-    owner: str
-    key_id: str | None
-    scopes: list[Scope]
-    expires_at: datetime | None
-    csrf_token: str | None = Field(description="Send it as X-CSRF-Token beside the cookie")
-
-    @classmethod
-    def of(cls, caller: Caller, session: Session | None) -> SessionDocument:
-        return cls(
-            owner=caller.owner,
-            key_id=caller.key_id,
-            scopes=sorted(caller.scopes),
-            expires_at=None if session is None else session.expires_at,
-            csrf_token=None if session is None else session.csrf_token,
-        )
-
-
-class AuditDocument(Document):
-    """One thing that somebody did. ``subject`` is the id of a merge or a key, or a reference."""
-
-    id: int
-    at: datetime
-    action: str = Field(examples=["submitted"])
-    owner: str = Field(description="Whose key did it; cli:account@machine for `mergeyard keys`")
-    key_id: str | None
-    request_id: str
-    subject: str
-    data: dict[str, Any]
-
-    @classmethod
-    def of(cls, entry: AuditEntry) -> AuditDocument:
-        return cls(**asdict(entry))
-
-
-class AuditPage(Document):
-    """Entries in order. ``after`` is what to ask for next time: the last id seen."""
-
-    items: list[AuditDocument]
-    after: int
 
 
 class Health(Document):

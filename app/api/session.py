@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
 from app.api.callers import Known, cookie_name
-from app.api.schemas import SessionDocument
+from app.api.schemas import Document
 from app.api.service import Serving
 from app.errors import MergeyardError
+from app.records.key import Caller, Scope, Session
 
 router = APIRouter(prefix="/session", tags=["session"])
+
+
+class SessionDocument(Document):
+    """Who calls. ``expires_at`` and ``csrf_token`` are a session's; ``key_id`` is null while there are no keys."""
+
+    owner: str
+    key_id: str | None
+    scopes: list[Scope]
+    expires_at: datetime | None
+    csrf_token: str | None = Field(description="Send it as X-CSRF-Token beside the cookie")
+
+    @classmethod
+    def of(cls, caller: Caller, session: Session | None) -> SessionDocument:
+        return cls(
+            owner=caller.owner,
+            key_id=caller.key_id,
+            scopes=sorted(caller.scopes),
+            expires_at=None if session is None else session.expires_at,
+            csrf_token=None if session is None else session.csrf_token,
+        )
 
 
 @router.post("", status_code=201, response_model=SessionDocument, summary="Sign in")

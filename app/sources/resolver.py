@@ -84,7 +84,7 @@ class Resolver:
                 if self.uploads is not None:
                     digest = reference.name.removeprefix("sha256-")
                     upload = self.uploads / digest
-                    if upload.is_dir() and self.may_use(digest):
+                    if self.may_use(digest) and upload.is_dir():
                         return reference, list_files(upload, within=upload)
                 raise MergeyardError("source_not_found", f"{text} does not exist; upload the files again")
             case "merge":
