@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
 from collections.abc import Iterator
 
+import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite.binding import get_host_cpu_features
 from numba.core import caching
 
 from app.errors import MergeyardError
@@ -17,8 +21,8 @@ from tests.engine import room_cases
 from tests.engine.one_tensor import trims_of
 from tests.engine.room_cases import REFERENCE, SIZES, Case, cases, keep, operands
 from tests.engine.rooms import room
-from worker.engine.kernels import Kernels, load, warm_up
-from worker.engine.kernels.cpu import _compiled
+from worker.engine.kernels import Kernels, cpu_loops, load, warm_up
+from worker.engine.kernels.cpu_loops import compiled
 from worker.engine.kernels.signature import KEEP_ALL, Delta, Product, Rule, Trim
 
 CPU, CUDA = room("cpu"), room("cuda")
@@ -166,6 +170,21 @@ def test_warm_up_runs(kernels: Kernels) -> None:
     warm_up(kernels)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for instructions of x86-64")
+def test_the_loops_run_in_vector_registers_and_fuse_nothing() -> None:
+    warm_up(CPU)
+    loop = cpu_loops.collect
+    # code that comes from the cache cannot be looked at
+    compiled_here = numba.njit(nogil=True, error_model="numpy")(loop.py_func)  # type: ignore[attr-defined]
+    compiled_here.compile(loop.signatures[0])  # type: ignore[attr-defined]
+    (text,) = compiled_here.inspect_asm().values()
+    wide = get_host_cpu_features()["avx512f"]
+    for instruction in ("vmulps", "vaddps"):  # of a product
+        assert re.search(rf"{instruction}\s.*%{'zmm' if wide else 'ymm'}", text)
+    assert not wide or re.search(r"vpcompressd\s+%zmm", text)
+    assert "vfmadd" not in text
+
+
 def machine(monkeypatch: pytest.MonkeyPatch, *, cuda_build: bool, gpu: bool, triton: bool = True) -> None:
     """Have torch and Python say what they would say on such a machine."""
     monkeypatch.setattr(torch.version, "cuda", "13.0" if cuda_build else None)
@@ -204,4 +223,4 @@ def test_an_install_without_a_writable_cache_folder_still_works(monkeypatch: pyt
     def twice(value: int) -> int:
         return 2 * value
 
-    assert _compiled(twice)(21) == 42
+    assert compiled(twice)(21) == 42

@@ -30,6 +30,7 @@ from worker.engine.meter import Meter
 from worker.engine.methods.method import FactorMerge
 from worker.engine.reader import dtype_of
 from worker.engine.tensors import BlockWork, StatisticsSum, overflow
+from worker.engine.trimming import Pulse
 from worker.engine.views import Resources
 from worker.engine.voting import Voting
 
@@ -44,7 +45,7 @@ class AdapterWriting:
         plan: Plan,
         adapter: AdapterPlan,
         resources: Resources,
-        work: Callable[[TensorPlan], BlockWork],
+        work: Callable[[TensorPlan, Pulse], BlockWork],
         way: object,
         meter: Meter,
     ) -> None:
@@ -123,7 +124,7 @@ class AdapterWriting:
     def _factored(self, tensor: TensorPlan) -> Factored | None:
         """The merged ΔW where it is a product of thin factors from the start."""
         if isinstance(self._way, Factoring):
-            return self._way.factored(tensor, self._meter)
+            return self._way.factored(tensor, self._meter.watch)
         if isinstance(self._way, Voting) and self._plan.method in ("linear", "task_arithmetic") and is_low_rank(tensor):
             return _summed(self._plan, self._way, tensor, self._resources)
         return None
@@ -140,7 +141,7 @@ class AdapterWriting:
 
     def _copy(self, tensor: TensorPlan, writer: ShardWriter, buffers: Buffers) -> None:
         """A tensor as the checkpoint would hold it."""
-        work = self._work(tensor)
+        work = self._work(tensor, self._meter.watch)
         itemsize = dtype_of(tensor.dtype, tensor.name).itemsize
 
         def of_block(item: tuple[Block, torch.Tensor]) -> tuple[Block, torch.Tensor]:
@@ -199,7 +200,7 @@ class _Changes:
     """What a merge changes in a tensor, block by block: result minus base, as a float32 checkpoint would have it."""
 
     tensor: TensorPlan
-    work: Callable[[TensorPlan], BlockWork]
+    work: Callable[[TensorPlan, Pulse], BlockWork]
     resources: Resources
     meter: Meter
     _work: BlockWork | None = None
@@ -209,7 +210,7 @@ class _Changes:
         """``apply`` on the rows of each block, float64; the results in order."""
         tensor = replace(self.tensor, dtype="F32")
         if self._work is None:
-            self._work = self.work(tensor)
+            self._work = self.work(tensor, self.meter.watch)
         work, total = self._work, StatisticsSum(tensor)
         width = tensor.shape[-1] if tensor.shape else 1
 

@@ -7,6 +7,7 @@ from app.planning.plan import Plan, TensorPlan
 from worker.engine.meter import Meter
 from worker.engine.methods import BlendMethod
 from worker.engine.tensors import BlockWork, blending, pass_over
+from worker.engine.trimming import Pulse
 from worker.engine.views import Resources
 
 
@@ -21,9 +22,9 @@ class Blending:
     def begin(self, meter: Meter) -> None:
         """Nothing spans the model."""
 
-    def work(self, tensor: TensorPlan, meter: Meter) -> BlockWork:
+    def work(self, tensor: TensorPlan, pulse: Pulse) -> BlockWork:
         deltas = self._resources.deltas.open(tensor, [1.0] * len(tensor.contributions))
-        passing = pass_over(self._plan, deltas, self._resources, meter.watch)
+        passing = pass_over(self._plan, deltas, self._resources, pulse)
         return blending(self._plan, passing, self._method.prepare(passing))
 
     def measured(self, _tensor: TensorPlan, blocks: TensorStatistics) -> TensorStatistics:

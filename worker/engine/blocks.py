@@ -16,7 +16,7 @@ import torch
 
 # Four sources of this many float32 are 4 MB: two threads' worth stays within the caches of a server core, and the
 # interpreter's share of a block stays small.
-BLOCK_VALUES = 1 << 18
+BLOCK_VALUES = 1 << 19
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

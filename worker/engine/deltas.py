@@ -260,48 +260,51 @@ class TensorDeltas:
 
 
 class Deltas:
-    """Opens the task vectors of one tensor after the other, keeping the last one's in memory where they fit."""
+    """Opens the task vectors of one tensor after the other, keeping those of the last two in memory where they fit."""
 
     def __init__(
         self, plan_sources: Sequence[str], reader: Reader, kernels: Kernels, budget: int = DELTA_BUDGET
     ) -> None:
         """``plan_sources``: the references, for messages.
 
-        ``budget``: bytes of Δ kept between passes; where it is more, or cheap to form, it is formed anew in each.
+        ``budget``: bytes of Δ kept between passes, half of it for each of two tensors; where it is more, or cheap to
+        form, it is formed anew in each.
         """
         self._references, self._reader, self._kernels, self._budget = plan_sources, reader, kernels, budget
         self._factors = FactorReader(reader)
         self._norms: dict[tuple[str, int], torch.Tensor] = {}  # of every pass over the model; a value for each output
-        self._buffer = torch.empty(0, dtype=torch.float32)
-        self._last: TensorDeltas | None = None
+        self._buffers = [torch.empty(0, dtype=torch.float32)] * 2
+        self._opened: list[TensorDeltas] = []  # the last two: one is opened while the other's blocks are merged
 
     def open(self, tensor: TensorPlan, prescale: Sequence[float]) -> TensorDeltas:
-        """The tensor's task vectors; the last opened tensor again is the same value. Factors are read here, whole.
+        """The tensor's task vectors; one of the last two opened again is the same value. Factors are read here, whole.
 
         Raises ``source_not_finite`` where a factor holds NaN or infinity.
         """
-        if self._last is not None and self._last.tensor is not tensor:
-            self._last.forget()  # the caller may hold it until it has the next
-            self._last = None
-        if self._last is None:
+        found = next((opened for opened in self._opened if opened.tensor is tensor), None)
+        if found is None:
+            while len(self._opened) > 1:
+                self._opened.pop(0).forget()  # the caller may hold it until it has the next
+            self._buffers.reverse()
             sources = [
                 self._open(tensor, contribution, scale)
                 for contribution, scale in zip(tensor.contributions, prescale, strict=True)
             ]
-            self._last = TensorDeltas(tensor, sources, self._reader, self._kernels, self._room(tensor, sources))
-        return self._last
+            found = TensorDeltas(tensor, sources, self._reader, self._kernels, self._room(tensor, sources))
+            self._opened.append(found)
+        return found
 
     def _room(self, tensor: TensorPlan, sources: Sequence[OpenSource]) -> torch.Tensor | None:
         dense = dense_sources(tensor, sources)
         if not any(sources[index].takes_long for index in dense):
             return None
         values = kept_values(cut(tensor.shape), len(dense))
-        if values * 4 > self._budget:
+        if values * 4 > self._budget // 2:
             return None
-        if len(self._buffer) < values:
-            self._buffer = torch.empty(0, dtype=torch.float32)  # never two of them: the budget is for one
-            self._buffer = torch.empty(values, dtype=torch.float32)
-        return self._buffer
+        if len(self._buffers[0]) < values:
+            self._buffers[0] = torch.empty(0, dtype=torch.float32)  # the smaller one goes first
+            self._buffers[0] = torch.empty(values, dtype=torch.float32)
+        return self._buffers[0]
 
     def _open(self, tensor: TensorPlan, contribution: Contribution, scale: float) -> OpenSource:
         def refuse(spec: TensorSpec) -> MergeyardError:

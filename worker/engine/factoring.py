@@ -22,7 +22,7 @@ from worker.engine.methods import FactorMethod, VoteMethod
 from worker.engine.methods.method import FactorMerge, MatrixMerge
 from worker.engine.reader import Reader
 from worker.engine.tensors import BlockWork, StatisticsSum, merging, overflow
-from worker.engine.trimming import Passes, trims_at
+from worker.engine.trimming import Passes, Pulse, trims_at
 from worker.engine.views import Resources
 from worker.engine.voting import Voting
 
@@ -51,13 +51,13 @@ class Factoring:
     def begin(self, meter: Meter) -> None:
         """Nothing spans the model."""
 
-    def work(self, tensor: TensorPlan, meter: Meter) -> BlockWork:
-        factored = self.factored(tensor, meter)
+    def work(self, tensor: TensorPlan, pulse: Pulse) -> BlockWork:
+        factored = self.factored(tensor, pulse)
         if factored is None:
             method = self._method.dense(tensor)
             if method.name not in self._dense:
                 self._dense[method.name] = Voting(self._plan, method, self._resources)
-            return self._dense[method.name].work(tensor, meter)
+            return self._dense[method.name].work(tensor, pulse)
         self._found[tensor.name] = factored.statistics
         product = _product(tensor, factored, self._resources)
         merge = merging(self._plan, product, self._resources, trims=[None], weights=[1.0], rule=Rule())
@@ -70,7 +70,7 @@ class Factoring:
 
         return of_block
 
-    def factored(self, tensor: TensorPlan, meter: Meter) -> Factored | None:
+    def factored(self, tensor: TensorPlan, pulse: Pulse) -> Factored | None:
         """The tensor merged by its factors; None where it is not low-rank.
 
         Raises ``source_not_finite``, and ``result_not_finite`` where float32 cannot hold what is merged.
@@ -81,7 +81,7 @@ class Factoring:
         dense = self._method.dense(tensor)
 
         def merge(matrices: Sequence[torch.Tensor]) -> MatrixMerge:
-            return _merge_matrices(tensor, matrices, dense, self._resources, len(self._plan.sources), meter)
+            return _merge_matrices(tensor, matrices, dense, self._resources, len(self._plan.sources), pulse)
 
         merged = self._method.merge(tensor, sources, merge)
         return Factored(
@@ -141,7 +141,7 @@ def _merge_matrices(
     method: VoteMethod,
     resources: Resources,
     sources: int,
-    meter: Meter,
+    pulse: Pulse,
 ) -> MatrixMerge:
     """Small matrices through the passes and kernels that merge whole tensors, in float32 as those."""
     core = replace(tensor, shape=tuple(matrices[0].shape))
@@ -150,7 +150,7 @@ def _merge_matrices(
         raise overflow(tensor)
     held = replace(resources, deltas=_HeldDeltas(values, resources))
     passes = Passes(method=method, resources=held, sources=sources)
-    deltas, trims = passes.open(core), passes.trims_of(core, meter.watch)
+    deltas, trims = passes.open(core), passes.trims_of(core, pulse)
     weights, rule = method.weights(core), passes.rule(core)
     out, total = torch.empty(values.shape[1]), StatisticsSum(core)
     scratch = Scratch(resources.kernels.memory)

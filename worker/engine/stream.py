@@ -1,14 +1,16 @@
 """The stream: weights in, weights out, in one pass over the output.
 
 Shard by shard and tensor by tensor; blocks run side by side, results come out in order and go to the writer's thread,
-so reading, arithmetic, hashing and writing overlap. Before it, where the method reduces over the whole model, come as
-many passes over Δ as that takes.
+so reading, arithmetic, hashing and writing overlap; the next tensor is opened meanwhile. Before it, where the method
+reduces over the whole model, come as many passes over Δ as that takes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -24,9 +26,11 @@ from worker.engine.factoring import Factoring
 from worker.engine.kernels.signature import BlockStatistics, Kernels
 from worker.engine.meter import Meter
 from worker.engine.methods import FactorMethod, VoteMethod, method_of
+from worker.engine.opening import opened_ahead
 from worker.engine.reader import Reader, dtype_of
 from worker.engine.sinks import Sink
 from worker.engine.tensors import BlockWork, StatisticsSum, copying
+from worker.engine.trimming import Pulse
 from worker.engine.views import Resources
 from worker.engine.voting import Voting
 
@@ -85,15 +89,28 @@ class Stream:
         self._meter.advance(adopted_bytes)
         size = max(_largest_block(shards), _LEAST_BUFFER)
         buffers = Buffers(self._crew.ahead + _SPARE_BUFFERS, size, self._resources.kernels.memory)
-        with ShardWriter(self._sink, buffers) as writer:
+        tensors = [tensor for shard in shards for tensor in shard.tensors]
+        with (
+            ShardWriter(self._sink, buffers) as writer,
+            contextlib.closing(opened_ahead(tensors, self._work, self._meter.check)) as opened,
+        ):
             for shard in shards:
-                found = self._write_shard(shard, buffers, writer)
+                found = self._write_shard(shard, buffers, writer, opened)
                 writer.finish(shard.filename, found)
                 statistics.update(found)
             return {stored.name: stored for stored in writer.finish_all()}
 
-    def _write_shard(self, shard: ShardPlan, buffers: Buffers, writer: ShardWriter) -> dict[str, TensorStatistics]:
-        """Begins and fills one file; the statistics of the tensors in it that change."""
+    def _write_shard(
+        self,
+        shard: ShardPlan,
+        buffers: Buffers,
+        writer: ShardWriter,
+        opened: Iterator[tuple[TensorPlan, BlockWork]],
+    ) -> dict[str, TensorStatistics]:
+        """Begins and fills one file; the statistics of the tensors in it that change.
+
+        ``opened`` gives the tensors of all files one after the other.
+        """
         if self._plan.adapter is not None:
             writing = AdapterWriting(
                 self._plan, self._plan.adapter, self._resources, self._work, self._way, self._meter
@@ -103,17 +120,16 @@ class Stream:
         size = len(header) + sum(map(tensor_bytes, shard.tensors))
         writer.begin(shard.filename, header, size)
         found = {}
-        for tensor in shard.tensors:
-            work = self._work(tensor)
+        for tensor, work in islice(opened, len(shard.tensors)):
             entry = self._write_tensor(tensor, work, buffers, writer)
             if tensor.contributions:
                 found[tensor.name] = entry
         return found
 
-    def _work(self, tensor: TensorPlan) -> BlockWork:
+    def _work(self, tensor: TensorPlan, pulse: Pulse) -> BlockWork:
         if not tensor.contributions or 0 in tensor.shape:
             return copying(self._plan, tensor, self._reader)
-        return self._way.work(tensor, self._meter)
+        return self._way.work(tensor, pulse)
 
     def _write_tensor(
         self, tensor: TensorPlan, work: BlockWork, buffers: Buffers, writer: ShardWriter
@@ -144,7 +160,7 @@ class _Way(Protocol):
         """The passes over the whole model."""
         ...
 
-    def work(self, tensor: TensorPlan, meter: Meter) -> BlockWork:
+    def work(self, tensor: TensorPlan, pulse: Pulse) -> BlockWork:
         """The passes over one tensor, and then what merges its blocks."""
         ...
 

@@ -11,7 +11,7 @@ from worker.engine.checkpoint import tensor_bytes
 from worker.engine.meter import Meter
 from worker.engine.methods import VoteMethod
 from worker.engine.tensors import BlockWork, masking, merging, pass_over
-from worker.engine.trimming import Passes, TensorTrims
+from worker.engine.trimming import Passes, Pulse, TensorTrims
 from worker.engine.views import Resources
 
 
@@ -44,18 +44,18 @@ class Voting:
             balance += self._passes.balance(tensor, trims[tensor.name], meter.count)
         self._trims, self._zero_sign = trims, -1 if balance < 0 else 1
 
-    def work(self, tensor: TensorPlan, meter: Meter) -> BlockWork:
+    def work(self, tensor: TensorPlan, pulse: Pulse) -> BlockWork:
         deltas = self._passes.open(tensor)
         weights, rule = self.method.weights(tensor), self._passes.rule(tensor, self._zero_sign)
         if self.method.mask is not None:
-            passing = pass_over(self._plan, deltas, self._resources, meter.watch)
+            passing = pass_over(self._plan, deltas, self._resources, pulse)
             return masking(self._plan, passing, self.method.mask(passing), weights=weights, rule=rule)
         found = self._trims.get(tensor.name)
         return merging(
             self._plan,
             deltas,
             self._resources,
-            trims=self._passes.trims_of(tensor, meter.watch) if found is None else found,
+            trims=self._passes.trims_of(tensor, pulse) if found is None else found,
             weights=weights,
             rule=rule,
         )
