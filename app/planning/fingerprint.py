@@ -15,7 +15,7 @@ from app.recipe.methods import METHODS, MethodSpec
 from app.sources.source import SourceFile
 from app.sources.tokenizers import TOKENIZER_JSON
 
-ENGINE_VERSION = "3"  # grows whenever the same recipe would give other bytes
+ENGINE_VERSION = "4"  # grows whenever the same recipe would give other bytes
 
 
 def canonical_recipe(recipe: Recipe, found: Resolved) -> dict[str, Any]:

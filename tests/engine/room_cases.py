@@ -30,7 +30,7 @@ from worker.engine.kernels.signature import (
 
 REFERENCE = load("reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# The tile of the cpu room is 1024 values, those of the cuda room 2048 and 4096: sizes below, at and above them.
+# The tile of the cpu room is 2048 values, those of the cuda room 2048 and 4096: sizes below, at and above them.
 SIZES = st.one_of(st.integers(1, 40), st.integers(1000, 1050), st.integers(2040, 3100), st.sampled_from([4096, 4100]))
 DENSITIES = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.2, 1.0]))
 WEIGHTS = st.one_of(st.sampled_from([1.0, -1.0, 0.0, 0.5, 1e-9]), st.floats(-4, 4, width=32))

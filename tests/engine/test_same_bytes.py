@@ -58,7 +58,7 @@ def test_threads_and_memory_change_no_byte(name: str, root: Path) -> None:
 
 def test_larger_tensors_at_odd_widths_change_no_byte(tmp_path: Path) -> None:
     """Rows of 1037 values start at every possible distance from an aligned address; blocks have their real size."""
-    shape = (700, 1037)
+    shape = (1100, 1037)
     generator = torch.Generator().manual_seed(0)
     write_model(tmp_path / "base", {"m.q_proj.weight": torch.randn(shape, generator=generator).bfloat16()})
     for index, rank in enumerate((5, 16, 80)):

@@ -5,8 +5,8 @@ cache, and the part of a product's right factor that all tiles of a panel read l
 fall into the same few sets of the cache). A tile's δ is formed, and what follows is elementwise over it: four sources
 are read at once, so that what is known of a parameter is loaded and stored once for all four, and LLVM vectorises
 every loop without reordering a sum. fastmath stays off, and nothing is fused, so the numbers are the reference's bit
-for bit. Two loops are written in vector instructions: products keep their sums in registers over the whole rank, and
-magnitudes are gathered by the compress instruction.
+for bit. Three loops are written in vector instructions: products keep their sums in registers over the whole rank,
+magnitudes are gathered by the compress instruction, and squares are summed in float64.
 
 Floats are reinterpreted as integers through array views, and bfloat16, which NumPy does not know, goes through uint16.
 All that is compiled stands in this one file: Numba keeps compiled code until the file of its own function changes.
@@ -35,8 +35,8 @@ Halves = npt.NDArray[np.uint16]  # bfloat16 bits
 Words = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
-TILE = 4096
-PANEL = 512
+TILE = 2048  # values of a source: a tile of four sources, and what is known of its parameters, stay in the caches
+PANEL = 512  # columns of a product's tile: long enough lines, and a panel of a right factor of rank 16 is 32 KB
 LANES = 16  # float32 in a register of 512 bits; LLVM splits vectors where registers are smaller
 ROWS, HALVES = 4, 2  # of a product's register block: rows, and vectors in each
 MAGNITUDE = np.int32(0x7FFF_FFFF)
@@ -45,17 +45,17 @@ ONE = np.float32(1)
 SMALLEST = np.float32(SMALLEST_DIVISOR)
 
 NONE, MASS, COUNT, UNANIMOUS, QUORUM = range(5)  # elections
-POSITIVE, NEGATIVE, BOTH, ACTIVE = np.int32(1), np.int32(2), np.int32(3), np.int32(4)
 # An operand is one row of ``operands``: what kind of δ it is, two addresses, the steps between their rows in values
 # (0 and 1 instead, for a difference: whether the values are bfloat16), and the rank.
 DENSE, PRODUCT, DIFFERENCE = range(3)
 KIND, FIRST, SECOND, FIRST_STEP, SECOND_STEP, RANK = range(6)
-FIELDS = 6
 # What is known of a tile's parameters lies in one array, each at a fixed place: LLVM sees that the places are apart,
 # and the loops need no test for it. Unsigned indices need none for being negative. The votes become the elected sign,
-# the total the result, and the divisors what changed.
-SLOTS = 5
-VOTES_AT, MARKS_AT, TOTAL_AT, DIVISORS_AT, ORIGIN_AT = (np.uint64(slot * TILE) for slot in range(SLOTS))
+# the total the result, and the divisors what changed; high and low are the extremes of what was kept, marks its bits.
+SLOTS = 7
+VOTES_AT, MARKS_AT, HIGH_AT, LOW_AT, TOTAL_AT, DIVISORS_AT, ORIGIN_AT = (
+    np.uint64(slot * TILE) for slot in range(SLOTS)
+)
 MASS_AT = TALLY_AT = ELECTED_AT = VOTES_AT
 RESULT_AT, CHANGE_AT = TOTAL_AT, DIVISORS_AT
 
@@ -367,7 +367,6 @@ def elected_balance(
         for s in range(count):
             _form(operands, scales, s, row, height, column, width, columns, packed, deltas, s * TILE)
             limits[s], _ = _limit(deltas, s * TILE, row, height, column, width, columns, thresholds[s], cuts[s])
-        _clear(work, size, ZERO)
         for s in range(0, count, 4):
             _vote(deltas, s, min(4, count - s), size, limits, rescales, before, before, election, work, counts)
         _elect(election, sources, required, ZERO, size, work)
@@ -428,7 +427,6 @@ def merge(
             squares[s] += _squares(deltas, s * TILE, size)
             limits[s], dropped = _limit(deltas, s * TILE, row, height, column, width, columns, thresholds[s], cuts[s])
             kept[s] -= dropped
-        _clear(work, size, divisor)
         for s in range(0, count, 4):
             _vote(deltas, s, min(4, count - s), size, limits, rescales, before, after, election, work, counts)
             for i in range(min(4, count - s)):
@@ -436,7 +434,7 @@ def merge(
         if election != NONE:
             _elect(election, sources, required, zero_sign, size, work)
         for s in range(0, count, 4):
-            _sum(deltas, s, min(4, count - s), size, limits, rescales, before, after, shares, election, work)
+            _sum(deltas, s, min(4, count - s), size, limits, rescales, before, after, divisor, shares, election, work)
         for i in range(height):
             _widen(base, base_halves, (row + i) * columns + column, i * width, width, work)
         found = _finish(base_factor, scale, overflow, size, work)
@@ -609,6 +607,16 @@ def _as_float(_context: Any, bits: Any) -> Any:
     return types.float32(bits), generate
 
 
+@_instructions
+def _bits(_context: Any, value: Any) -> Any:
+    """A float32's bits as an int32."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        return builder.bitcast(arguments[0], _WORD)
+
+    return types.int32(value), generate
+
+
 @compiled
 def _gather_tile(tile: Floats, at: int, size: int, low: int, high: int, inside: Words) -> tuple[int, int]:
     """How many magnitudes are above the bracket, and how many inside, which go to the front of ``inside``."""
@@ -673,16 +681,6 @@ def _squares(tiles: Floats, at: int, size: int) -> float:
 
 
 @compiled
-def _clear(work: Floats, size: int, divisor: np.float32) -> None:
-    words = work.view(np.int32)
-    for j in range(np.uint64(size)):
-        work[j + VOTES_AT] = ZERO
-        words[j + MARKS_AT] = 0
-        work[j + TOTAL_AT] = ZERO
-        work[j + DIVISORS_AT] = divisor
-
-
-@compiled
 def _vote(
     deltas: Floats,
     first: int,
@@ -711,40 +709,45 @@ def _vote(
     b0, b1, b2, b3 = before[first], before[first + 1], before[first + 2], before[first + 3]
     a0, a1, a2, a3 = after[first], after[first + 1], after[first + 2], after[first + 3]
     c0 = c1 = c2 = c3 = np.int32(0)
+    fresh = first == 0
     if election <= MASS:  # without an election the marks alone are of use
         for j in range(np.uint64(size)):
             s0 = (bits[p0 + j] & MAGNITUDE) > t0
             s1 = (bits[p1 + j] & MAGNITUDE) > t1
             s2 = (bits[p2 + j] & MAGNITUDE) > t2
             s3 = (bits[p3 + j] & MAGNITUDE) > t3
-            k0 = deltas[p0 + j] * r0 if s0 else ZERO
-            k1 = deltas[p1 + j] * r1 if s1 else ZERO
-            k2 = deltas[p2 + j] * r2 if s2 else ZERO
-            k3 = deltas[p3 + j] * r3 if s3 else ZERO
-            c0 = np.int32(c0 + np.int32(s0))
-            c1 = np.int32(c1 + np.int32(s1))
-            c2 = np.int32(c2 + np.int32(s2))
-            c3 = np.int32(c3 + np.int32(s3))
+            k0, k1 = deltas[p0 + j] * r0 if s0 else ZERO, deltas[p1 + j] * r1 if s1 else ZERO
+            k2, k3 = deltas[p2 + j] * r2 if s2 else ZERO, deltas[p3 + j] * r3 if s3 else ZERO
+            c0, c1 = np.int32(c0 + np.int32(s0)), np.int32(c1 + np.int32(s1))
+            c2, c3 = np.int32(c2 + np.int32(s2)), np.int32(c3 + np.int32(s3))
             v0, v1, v2, v3 = b0 * k0, b1 * k1, b2 * k2, b3 * k3
-            work[j + MASS_AT] = (((work[j + MASS_AT] + v0) + v1) + v2) + v3
-            words[j + MARKS_AT] |= _marks(k0, k1, k2, k3, a0 * v0, a1 * v1, a2 * v2, a3 * v3)
+            mass = ZERO if fresh else work[j + MASS_AT]
+            work[j + MASS_AT] = (((mass + v0) + v1) + v2) + v3
+            w0, w1, w2, w3 = a0 * v0, a1 * v1, a2 * v2, a3 * v3
+            high, low = (ZERO, ZERO) if fresh else (work[j + HIGH_AT], work[j + LOW_AT])
+            work[j + HIGH_AT] = _larger(w0, _larger(w1, _larger(w2, _larger(w3, high))))
+            work[j + LOW_AT] = _smaller(w0, _smaller(w1, _smaller(w2, _smaller(w3, low))))
+            marks = np.int32(0) if fresh else words[j + MARKS_AT]
+            words[j + MARKS_AT] = marks | _bits(k0) | _bits(k1) | _bits(k2) | _bits(k3)
     else:
         for j in range(np.uint64(size)):
             s0 = (bits[p0 + j] & MAGNITUDE) > t0
             s1 = (bits[p1 + j] & MAGNITUDE) > t1
             s2 = (bits[p2 + j] & MAGNITUDE) > t2
             s3 = (bits[p3 + j] & MAGNITUDE) > t3
-            k0 = deltas[p0 + j] * r0 if s0 else ZERO
-            k1 = deltas[p1 + j] * r1 if s1 else ZERO
-            k2 = deltas[p2 + j] * r2 if s2 else ZERO
-            k3 = deltas[p3 + j] * r3 if s3 else ZERO
-            c0 = np.int32(c0 + np.int32(s0))
-            c1 = np.int32(c1 + np.int32(s1))
-            c2 = np.int32(c2 + np.int32(s2))
-            c3 = np.int32(c3 + np.int32(s3))
+            k0, k1 = deltas[p0 + j] * r0 if s0 else ZERO, deltas[p1 + j] * r1 if s1 else ZERO
+            k2, k3 = deltas[p2 + j] * r2 if s2 else ZERO, deltas[p3 + j] * r3 if s3 else ZERO
+            c0, c1 = np.int32(c0 + np.int32(s0)), np.int32(c1 + np.int32(s1))
+            c2, c3 = np.int32(c2 + np.int32(s2)), np.int32(c3 + np.int32(s3))
             v0, v1, v2, v3 = b0 * k0, b1 * k1, b2 * k2, b3 * k3
-            words[j + TALLY_AT] += _sign(v0) + _sign(v1) + _sign(v2) + _sign(v3)
-            words[j + MARKS_AT] |= _marks(k0, k1, k2, k3, a0 * v0, a1 * v1, a2 * v2, a3 * v3)
+            tally = np.int32(0) if fresh else words[j + TALLY_AT]
+            words[j + TALLY_AT] = tally + _sign(v0) + _sign(v1) + _sign(v2) + _sign(v3)
+            w0, w1, w2, w3 = a0 * v0, a1 * v1, a2 * v2, a3 * v3
+            high, low = (ZERO, ZERO) if fresh else (work[j + HIGH_AT], work[j + LOW_AT])
+            work[j + HIGH_AT] = _larger(w0, _larger(w1, _larger(w2, _larger(w3, high))))
+            work[j + LOW_AT] = _smaller(w0, _smaller(w1, _smaller(w2, _smaller(w3, low))))
+            marks = np.int32(0) if fresh else words[j + MARKS_AT]
+            words[j + MARKS_AT] = marks | _bits(k0) | _bits(k1) | _bits(k2) | _bits(k3)
     counts[0], counts[1], counts[2], counts[3] = c0, c1, c2, c3
 
 
@@ -754,25 +757,13 @@ def _sign(vote: np.float32) -> np.int32:
 
 
 @_inlined
-def _marks(
-    k0: np.float32,
-    k1: np.float32,
-    k2: np.float32,
-    k3: np.float32,
-    w0: np.float32,
-    w1: np.float32,
-    w2: np.float32,
-    w3: np.float32,
-) -> np.int32:
-    """Whether any of four kept values is not zero, and whether any of them, weighted, is positive or negative."""
-    positive = (w0 > ZERO) | (w1 > ZERO) | (w2 > ZERO) | (w3 > ZERO)
-    negative = (w0 < ZERO) | (w1 < ZERO) | (w2 < ZERO) | (w3 < ZERO)
-    present = (k0 != ZERO) | (k1 != ZERO) | (k2 != ZERO) | (k3 != ZERO)
-    return np.int32(
-        (POSITIVE if positive else np.int32(0))
-        | (NEGATIVE if negative else np.int32(0))
-        | (ACTIVE if present else np.int32(0))
-    )
+def _larger(x: np.float32, y: np.float32) -> np.float32:
+    return x if x > y else y
+
+
+@_inlined
+def _smaller(x: np.float32, y: np.float32) -> np.float32:
+    return x if x < y else y
 
 
 @compiled
@@ -808,6 +799,7 @@ def _sum(
     rescales: Floats,
     before: Floats,
     after: Floats,
+    divisor: np.float32,
     shares: Floats,
     election: int,
     work: Floats,
@@ -824,15 +816,17 @@ def _sum(
     b0, b1, b2, b3 = before[first], before[first + 1], before[first + 2], before[first + 3]
     a0, a1, a2, a3 = after[first], after[first + 1], after[first + 2], after[first + 3]
     h0, h1, h2, h3 = shares[first], shares[first + 1], shares[first + 2], shares[first + 3]
+    fresh = first == 0
     if election == NONE:
         for j in range(np.uint64(size)):
             v0 = b0 * (deltas[p0 + j] * r0 if (bits[p0 + j] & MAGNITUDE) > t0 else ZERO)
             v1 = b1 * (deltas[p1 + j] * r1 if (bits[p1 + j] & MAGNITUDE) > t1 else ZERO)
             v2 = b2 * (deltas[p2 + j] * r2 if (bits[p2 + j] & MAGNITUDE) > t2 else ZERO)
             v3 = b3 * (deltas[p3 + j] * r3 if (bits[p3 + j] & MAGNITUDE) > t3 else ZERO)
-            total = work[j + TOTAL_AT]
+            total = ZERO if fresh else work[j + TOTAL_AT]
             work[j + TOTAL_AT] = (((total + a0 * v0) + a1 * v1) + a2 * v2) + a3 * v3
-            shared = work[j + DIVISORS_AT] + (h0 if v0 != ZERO else ZERO)
+            shared = divisor if fresh else work[j + DIVISORS_AT]
+            shared += h0 if v0 != ZERO else ZERO
             shared += h1 if v1 != ZERO else ZERO
             shared += h2 if v2 != ZERO else ZERO
             shared += h3 if v3 != ZERO else ZERO
@@ -845,12 +839,14 @@ def _sum(
             v3 = b3 * (deltas[p3 + j] * r3 if (bits[p3 + j] & MAGNITUDE) > t3 else ZERO)
             elected = work[j + ELECTED_AT]
             g0, g1, g2, g3 = v0 * elected > ZERO, v1 * elected > ZERO, v2 * elected > ZERO, v3 * elected > ZERO
-            total = work[j + TOTAL_AT] + (a0 * v0 if g0 else ZERO)
+            total = ZERO if fresh else work[j + TOTAL_AT]
+            total += a0 * v0 if g0 else ZERO
             total += a1 * v1 if g1 else ZERO
             total += a2 * v2 if g2 else ZERO
             total += a3 * v3 if g3 else ZERO
             work[j + TOTAL_AT] = total
-            shared = work[j + DIVISORS_AT] + (h0 if g0 else ZERO)
+            shared = divisor if fresh else work[j + DIVISORS_AT]
+            shared += h0 if g0 else ZERO
             shared += h1 if g1 else ZERO
             shared += h2 if g2 else ZERO
             shared += h3 if g3 else ZERO
@@ -872,9 +868,8 @@ def _finish(
         value = base_factor * origin + scale * (work[j + TOTAL_AT] / divisor)
         work[j + RESULT_AT] = value
         work[j + CHANGE_AT] = value - origin
-        marks = words[j + MARKS_AT]
-        active = np.int32(active + (np.int32(1) if marks >= ACTIVE else np.int32(0)))
-        conflicts = np.int32(conflicts + (np.int32(1) if (marks & BOTH) == BOTH else np.int32(0)))
+        active = np.int32(active + np.int32((words[j + MARKS_AT] & MAGNITUDE) != 0))
+        conflicts = np.int32(conflicts + np.int32((work[j + HIGH_AT] > ZERO) & (work[j + LOW_AT] < ZERO)))
         overflows = np.int32(overflows + (np.int32(0) if abs(value) < overflow else np.int32(1)))
     return int(active), int(conflicts), int(overflows)
 
