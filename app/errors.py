@@ -12,6 +12,8 @@ from typing import Literal
 
 Fault = Literal["user", "system"]
 
+MAX_MESSAGE = 2_000  # characters; messages quote what strangers wrote, which may be of any length
+
 # The OSErrors that mean `disk_full`: no space, a quota, a file larger than the file system takes.
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -112,7 +114,8 @@ CODES: dict[str, Code] = {
 class Problem:
     """One thing that is wrong: ``code``, a sentence saying what and what to do, and ``where`` it is.
 
-    ``where`` is a place in the recipe (``models[1].parameters.density``), or empty when no place applies.
+    ``where`` is a place in the recipe (``models[1].parameters.density``), or empty when no place applies. A message
+    may quote anything: it is cut at MAX_MESSAGE characters, and names of files that are no text are escaped.
     """
 
     code: str
@@ -122,6 +125,8 @@ class Problem:
     def __post_init__(self) -> None:
         if self.code not in CODES:
             raise KeyError(f"no row in CODES for {self.code!r}")
+        text = self.message if len(self.message) <= MAX_MESSAGE else f"{self.message[: MAX_MESSAGE - 1]}…"
+        object.__setattr__(self, "message", text.encode(errors="backslashreplace").decode())
 
     def as_json(self) -> dict[str, str]:
         return {"code": self.code, "message": self.message, "where": self.where}
@@ -132,7 +137,7 @@ class MergeyardError(Exception):
 
     def __init__(self, code: str, message: str, *, where: str = "") -> None:
         self.problems: tuple[Problem, ...] = (Problem(code=code, message=message, where=where),)
-        super().__init__(message)
+        super().__init__(self.message)
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> MergeyardError:

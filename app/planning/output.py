@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from app.planning.depth import restack_config
 from app.planning.layout import restacked
+from app.planning.named_code import imports_code, without_code
 from app.planning.plan import Document, Estimates, LoraFactors, ShardPlan, TensorPlan
 from app.planning.resolving import Resolved
 from app.planning.tokenizer_files import (
@@ -18,14 +19,16 @@ from app.planning.tokenizer_files import (
 )
 from app.planning.vocabulary import Vocabulary
 from app.recipe import Recipe
-from app.sources.models import read_document
+from app.sources.models import read_document, read_value
 from app.sources.safetensors import DTYPE_BYTES
 from app.sources.source import SourceFile
-from app.sources.tokenizers import TOKENIZER_CONFIG, TOKENIZER_FILES
+from app.sources.tokenizers import ADDED_TOKENS, TOKENIZER_CONFIG, TOKENIZER_FILES, TOKENIZER_JSON
 
 DELTA_BUFFER_BYTES = 512_000_000  # the engine keeps one tensor's Δ of every source up to here, else it recomputes
 EXPERT_FACTOR_BYTES = 256_000_000  # the engine keeps experts' factors up to here, where each has its own tensor
 PROCESS_BYTES = 450_000_000  # what a worker holds before it merges anything: torch, Numba
+MODULES = "modules.json"  # of sentence-transformers
+OF_TOKENS = frozenset({TOKENIZER_JSON, ADDED_TOKENS})  # documents whose keys are tokens, and may be any word
 LIBRARY_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -90,8 +93,8 @@ def documents_of(
 ) -> tuple[dict[str, Document], tuple[SourceFile, ...]]:
     """What is written anew, and what is copied: the base's files, and those of the tokenizer that the recipe chose.
 
-    config.json has the output's dtype and ``size``, the rows of a vocabulary that is not the base's. `auto_map` names
-    code, so it goes (CVE-2025-66448).
+    config.json has the output's dtype and ``size``, the rows of a vocabulary that is not the base's. What names code
+    goes from every config.
     """
     base = resolved.base
     config = restack_config(base, base.config, restacked(resolved))
@@ -107,11 +110,11 @@ def documents_of(
         documents.update(tokenizer_documents(vocabulary))
     documents["config.json"] = config if size is None else resized_config(config, size)
     for file in files.values():
-        if file.name.endswith("_config.json") and file.name not in documents:
+        if _is_config(file.name) and file.name not in documents:
             own = read_document(file, base.reference)
             moved = vocabulary is not None and file.name == "generation_config.json"
             value = renumbered(own, vocabulary) if vocabulary is not None and moved else own
-            if "auto_map" in value or value != own:
+            if value != own or without_code(own) != own:
                 documents[file.name] = value
     template = chat_template(recipe.chat_template, resolved) if recipe.chat_template else None
     if template is not None:
@@ -120,7 +123,12 @@ def documents_of(
             written = read_document(files[TOKENIZER_CONFIG], base.reference)
         documents |= template_documents(template, written if isinstance(written, Mapping) else None, files)
     stripped: dict[str, Document] = {
-        name: value if isinstance(value, str) else {key: item for key, item in value.items() if key != "auto_map"}
-        for name, value in documents.items()
+        name: value if name in OF_TOKENS else without_code(value) for name, value in documents.items()
     }
+    if MODULES in files and imports_code(read_value(files[MODULES], base.reference)):
+        del files[MODULES]
     return stripped, tuple(file for name, file in files.items() if name not in stripped)
+
+
+def _is_config(name: str) -> bool:
+    return name.endswith("_config.json") or name == "config_sentence_transformers.json"

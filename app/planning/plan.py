@@ -187,7 +187,7 @@ class Plan:
     unless the method counts it); ``base`` is the model whose files and config the result takes.
     ``tokenizers`` are the models whose vocabulary was read, with the files it was read from.
     ``companions`` are copied as they are; ``documents`` are files written anew: ``config.json`` (with the output's
-    dtype and vocabulary, without ``auto_map``), what the tokenizer changes, and any companion that named code to run.
+    dtype and vocabulary), what the tokenizer changes, and any config that named code to run, without that.
     ``recipe`` is the resolved recipe: every reference canonical, every default written out; JSON-ready.
     ``digest`` is a sha256 over the resolved recipe, the pins of every file and the engine's version, and the merge's
     fingerprint. ``adapter``: the result is written as one; ``shards`` is then its one file, and its tensors are those

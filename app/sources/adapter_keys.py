@@ -96,8 +96,7 @@ def declared(name: str, modules: Iterable[str]) -> bool:
 
     PEFT takes every module whose name ends so: "norm" is also "layers.0.input_layernorm".
     """
-    parents = [name[:dot] for dot, letter in enumerate(name) if letter == "."]
-    return any(parent.endswith(tuple(modules)) for parent in parents)
+    return any(f"{module}." in name for module in modules)
 
 
 def _unwrapped(module: str) -> str:

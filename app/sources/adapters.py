@@ -22,7 +22,9 @@ from app.sources.source import AdapterSource, LoraModule, Scaling, TensorSpec, T
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 EMBEDDED = ("embed_tokens", "lm_head")  # PEFT also saves resized embeddings without declaring them
-MAX_TOKENS = 1_000_000
+MAX_TOKENS = 1_000_000  # trained ones, in all modules together
+MAX_NAMES = 256  # that a config lists, of modules to save or parameters to adapt: each is looked for in every tensor
+MAX_SCALINGS = 1_000_000  # parameters that the config may mean, in all modules together
 TARGET = "weight"  # what LoRA adapts unless target_parameters names something else
 
 
@@ -62,7 +64,7 @@ def _weights(files: Mapping[str, Path], reference: str) -> Header:
         pickles = [name for name in files if name.endswith(PICKLES)]
         if pickles:
             message = (
-                f"{reference} has only pickled weights ({pickles[0]}), which can run code when loaded; "
+                f"{reference} has only pickled weights ({pickles[0][-80:]}), which can run code when loaded; "
                 "save it again with safetensors"
             )
             raise MergeyardError("pickle_refused", message)
@@ -84,9 +86,9 @@ def _check_keys(keys: SortedKeys, config: Mapping[str, Any], reference: str) -> 
             "with PEFT."
         )
         raise MergeyardError("adapter_leftover", message)
-    saved_modules = config.get("modules_to_save") or []
-    if not isinstance(saved_modules, list) or not all(isinstance(item, str) for item in saved_modules):
-        raise _invalid(reference, "modules_to_save is not a list of names")
+    saved_modules = _names(config, "modules_to_save", reference)
+    if len(_names(config, "target_parameters", reference)) * len(keys.parts) > MAX_SCALINGS:
+        raise _invalid(reference, f"target_parameters may mean more than {MAX_SCALINGS} parameters")
     bias = config.get("bias") or "none"
     if bias not in ("none", "all", "lora_only"):
         raise _invalid(reference, f"bias is {str(bias)[:20]!r}, and not none, all or lora_only")
@@ -110,6 +112,13 @@ def _check_keys(keys: SortedKeys, config: Mapping[str, Any], reference: str) -> 
         raise MergeyardError("adapter_incomplete", message)
     if not keys.parts and not keys.saved and not keys.tokens:
         raise _invalid(reference, "it holds no factors and no saved modules, so it changes nothing")
+
+
+def _names(config: Mapping[str, Any], field: str, reference: str) -> list[str]:
+    names = config.get(field) or []
+    if not isinstance(names, list) or len(names) > MAX_NAMES or not all(isinstance(item, str) for item in names):
+        raise _invalid(reference, f"{field} is not a list of at most {MAX_NAMES} names")
+    return names
 
 
 def _all_names(keys: SortedKeys) -> list[str]:
@@ -165,10 +174,7 @@ def _scalings(
 ) -> dict[str, Scaling]:
     """By parameter: those of ``target_parameters`` that may be this module's, and its weight."""
     scalings = {TARGET: patterns.scaling(place.name, saved_rank_count=saved_rank_count)}
-    targets = config.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(item, str) for item in targets):
-        raise MergeyardError("adapter_invalid", "target_parameters is not a list of names.")
-    for target in targets:
+    for target in config.get("target_parameters") or []:
         inside, _, parameter = target.rpartition(".")
         if parameter and (not inside or f".{place.name}".endswith(f".{inside}")):
             scalings[parameter] = patterns.scaling(f"{place.name}.{parameter}")
@@ -198,18 +204,20 @@ def _tokens(keys: SortedKeys, config: Mapping[str, Any], reference: str) -> tupl
         if keys.tokens:
             raise _invalid(reference, f"{next(iter(keys.tokens))} has trained tokens, and its config says of none")
         return ()
-    if not isinstance(indices, dict | list):
-        raise _invalid(reference, "trainable_token_indices is neither a list of tokens nor lists by module")
+    if not isinstance(indices, dict | list) or (isinstance(indices, dict) and len(indices) > MAX_NAMES):
+        raise _invalid(reference, f"trainable_token_indices is no list of tokens, nor at most {MAX_NAMES} by module")
     if not keys.tokens:
         message = f"{reference} trained tokens and holds no rows of them; the adapter is incomplete, save it again."
         raise MergeyardError("adapter_incomplete", message)
-    found = []
+    found: list[TokenRows] = []
+    left = MAX_TOKENS
     for module, rows in keys.tokens.items():
         own: Any = indices
         if isinstance(indices, dict):
             own = next((value for name, value in indices.items() if module.endswith(name)), None)
-        if not isinstance(own, list) or len(own) > MAX_TOKENS or not all(_token(item) for item in own):
-            raise _invalid(reference, f"trainable_token_indices has no list of tokens for {module}")
+        if not isinstance(own, list) or len(own) > left or not all(_token(item) for item in own):
+            raise _invalid(reference, f"trainable_token_indices has no list of tokens for {module}, or too long a one")
+        left -= len(own)
         if len(set(own)) != len(own):
             raise _invalid(reference, "trainable_token_indices names a token twice")
         if len(rows.shape) != 2 or rows.shape[0] != len(own):

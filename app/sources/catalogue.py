@@ -10,7 +10,10 @@ from pathlib import Path
 from app.errors import MergeyardError
 from app.sources.adapters import CONFIG as ADAPTER_CONFIG
 from app.sources.models import read_json
+from app.sources.references import parse_reference
+from app.sources.resolver import list_files
 
+MODEL_CONFIG = "config.json"
 MAX_DEPTH = 6
 MAX_ENTRIES = 10_000
 
@@ -31,17 +34,18 @@ class CatalogueEntry:
 def catalogue(roots: Sequence[Path], uploads: Iterable[Path] = ()) -> list[CatalogueEntry]:
     """List every source below ``roots`` and in the folders of ``uploads`` by reference, without reading weights.
 
-    Links that lead outside a root are passed over.
+    What no recipe could name is passed over: folders with files behind links that lead outside their root, or with
+    names that no reference can have.
     """
     found: dict[str, CatalogueEntry] = {}
     for root in roots:
-        for folder in _folders(root.resolve()):
-            name = folder.relative_to(root.resolve()).as_posix()
-            entry = _entry(folder, f"models:{name}")
+        real_root = root.resolve()
+        for folder in _folders(real_root):
+            entry = _entry(folder, f"models:{folder.relative_to(real_root).as_posix()}", within=real_root)
             if entry and entry.reference not in found:  # the first root wins, as in resolving
                 found[entry.reference] = entry
     for folder in uploads:
-        entry = _entry(folder, f"upload:sha256-{folder.name}")
+        entry = _entry(folder, f"upload:sha256-{folder.name}", within=folder.resolve())
         if entry:
             found[entry.reference] = entry
     return sorted(found.values(), key=lambda entry: entry.reference)
@@ -65,22 +69,24 @@ def _folders(root: Path) -> Iterator[Path]:
             yield folder
 
 
-def _entry(folder: Path, reference: str) -> CatalogueEntry | None:
+def _entry(folder: Path, reference: str, *, within: Path) -> CatalogueEntry | None:
     try:
-        return _read_entry(folder, reference)
-    except OSError:
+        parse_reference(reference)
+        return _read_entry(folder, reference, within)
+    except (MergeyardError, OSError):
         return None  # not ours to read
 
 
-def _read_entry(folder: Path, reference: str) -> CatalogueEntry | None:
-    weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
-    kind, config_name = "model", "config.json"
-    if (folder / ADAPTER_CONFIG).is_file():
-        kind, config_name = "adapter", ADAPTER_CONFIG
-    if not weights or not (folder / config_name).is_file():
+def _read_entry(folder: Path, reference: str, within: Path) -> CatalogueEntry | None:
+    if not any((folder / name).is_file() for name in (ADAPTER_CONFIG, MODEL_CONFIG)):
+        return None
+    files = list_files(folder.resolve(), within=within)
+    weights = [path for name, path in files.items() if name.endswith(".safetensors")]
+    kind, config_name = ("adapter", ADAPTER_CONFIG) if ADAPTER_CONFIG in files else ("model", MODEL_CONFIG)
+    if not weights:
         return None
     try:
-        config = read_json(folder / config_name, reference)
+        config = read_json(files[config_name], reference)
     except MergeyardError:
         config = {}
     if kind == "adapter":

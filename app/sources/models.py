@@ -9,10 +9,11 @@ from typing import Any
 
 from app import strict_json
 from app.errors import MergeyardError
+from app.sources.opening import read_small
 from app.sources.safetensors import FLOATS, read_header
 from app.sources.source import ModelSource, SourceFile, TensorSpec
 
-MAX_JSON_BYTES = 50_000_000  # the largest tokenizer.json seen is about 35 MB
+MAX_TENSORS = 500_000  # of one model, in all its files; each takes about a kilobyte of memory
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Files that belong to a model and are data: never code, never weights.
@@ -51,6 +52,8 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
             if tensor.name in tensors:
                 raise MergeyardError("source_format", f"{reference} holds the tensor {tensor.name} twice")
             tensors[tensor.name] = tensor
+        if len(tensors) > MAX_TENSORS:
+            raise MergeyardError("source_format", f"{reference} holds more than {MAX_TENSORS} tensors")
     if not tensors:
         raise MergeyardError("source_format", f"{reference} holds no tensors")
     lost = [name for name in indexed if name not in tensors]
@@ -67,42 +70,58 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
 
 
 def companions_of(files: Mapping[str, Path]) -> tuple[SourceFile, ...]:
-    """The files that travel with a model, each pinned. Raises MergeyardError `source_not_found`."""
+    """The files that travel with a model, each pinned. Raises MergeyardError `source_not_found`, `source_format`."""
     return tuple(pin(files[name], name) for name in COMPANIONS if name in files)
 
 
 def pin(path: Path, name: str) -> SourceFile:
-    """A small file as a SourceFile: its whole digest is its pin."""
+    """A small file as a SourceFile: its whole digest is its pin.
+
+    Raises MergeyardError `source_not_found`, `source_format` (too large).
+    """
     try:
-        status = path.stat()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        content, status = read_small(path)
     except OSError as error:
         raise MergeyardError("source_not_found", f"{name} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise MergeyardError("source_format", f"{name} is {error}") from None
+    digest = hashlib.sha256(content).hexdigest()
     return SourceFile(name=name, path=path, size=status.st_size, mtime_ns=status.st_mtime_ns, header_sha256=digest)
 
 
 def read_document(file: SourceFile, reference: str) -> dict[str, Any]:
     """A JSON object from a file that may be another document's yet. Raises as ``read_json`` does."""
-    return read_json(file.path, reference) if file.content is None else _object(file.content, file.name, reference)
+    return _object(read_value(file, reference), file.name, reference)
+
+
+def read_value(file: SourceFile, reference: str) -> Any:
+    """Any JSON value, as ``read_document``."""
+    return _value(_content(file.path, reference) if file.content is None else file.content, file.name, reference)
 
 
 def read_json(path: Path, reference: str) -> dict[str, Any]:
     """A JSON object from a source's file. Raises MergeyardError `source_format`, `source_not_found`."""
+    return _object(_value(_content(path, reference), path.name, reference), path.name, reference)
+
+
+def _content(path: Path, reference: str) -> bytes:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise MergeyardError("source_format", f"{path.name} of {reference} is larger than {MAX_JSON_BYTES} bytes")
-        content = path.read_bytes()
+        return read_small(path)[0]
     except OSError as error:
         message = f"{path.name} of {reference} cannot be read: {error.strerror}"
         raise MergeyardError("source_not_found", message) from None
-    return _object(content, path.name, reference)
+    except ValueError as error:
+        raise MergeyardError("source_format", f"{path.name} of {reference} is {error}") from None
 
 
-def _object(content: bytes, name: str, reference: str) -> dict[str, Any]:
+def _value(content: bytes, name: str, reference: str) -> Any:
     try:
-        value = strict_json.loads_document(content)
+        return strict_json.loads_document(content)
     except ValueError as error:
         raise MergeyardError("source_format", f"{name} of {reference} is not valid JSON: {error}") from None
+
+
+def _object(value: Any, name: str, reference: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MergeyardError("source_format", f"{name} of {reference} is not a JSON object")
     return value
@@ -124,17 +143,24 @@ def _shards(files: Mapping[str, Path], reference: str) -> tuple[list[str], Itera
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise MergeyardError("source_format", f"{INDEX} of {reference} has no weight_map")
         names = list(dict.fromkeys(weight_map.values()))
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        if pickles:
+            raise _pickled(pickles[0], reference)
         missing = [name for name in names if name not in files]
         if missing:
-            raise MergeyardError("source_not_found", f"{reference} lacks its shard {missing[0]}")
+            raise MergeyardError("source_not_found", f"{reference} lacks its shard {missing[0][:200]}")
         return names, weight_map
     if "model.safetensors" in files:
         return ["model.safetensors"], ()
     pickles = [name for name in files if name.endswith(PICKLES)]
     if pickles:
-        message = (
-            f"{reference} has only pickled weights ({pickles[0]}), which can run code when loaded; "
-            "convert them to safetensors"
-        )
-        raise MergeyardError("pickle_refused", message)
+        raise _pickled(pickles[0], reference)
     raise MergeyardError("source_not_found", f"{reference} has no model.safetensors and no {INDEX}")
+
+
+def _pickled(name: str, reference: str) -> MergeyardError:
+    message = (
+        f"{reference} has only pickled weights ({name[-80:]}), which can run code when loaded; convert them to "
+        "safetensors"
+    )
+    return MergeyardError("pickle_refused", message)

@@ -90,7 +90,7 @@ class Resolver:
             case "merge":
                 if self.merges is None:
                     raise MergeyardError("source_not_found", f"{text} can be used through the service only")
-                return reference, self.merges(reference.name).files
+                return reference, {name: path.resolve() for name, path in self.merges(reference.name).files.items()}
             case "models":
                 return self._below_roots(reference.name, text)
             case "bare":
@@ -147,7 +147,7 @@ def list_files(folder: Path, within: Path | None = None) -> dict[str, Path]:
         try:
             real = entry.resolve()
         except (OSError, RuntimeError):
-            continue
+            continue  # a loop of links
         if not real.is_file():
             continue
         if within is not None and not real.is_relative_to(within.resolve()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 
 from app import strict_json
 from app.errors import MergeyardError
+from app.sources.opening import open_source
 from app.sources.source import SourceFile, TensorSpec
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8
 MAX_NAME = 512
+MAX_EMPTY_SIZE = 1 << 24  # of a tensor that holds nothing, so that a small file cannot stand for a vast result
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -74,8 +77,8 @@ def read_header(path: Path, name: str = "") -> Header:
     """
     name = name or path.name
     try:
-        with path.open("rb") as stream:
-            status = path.stat()
+        with os.fdopen(open_source(path), "rb") as stream:
+            status = os.fstat(stream.fileno())
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8:
@@ -87,12 +90,12 @@ def read_header(path: Path, name: str = "") -> Header:
         raise MergeyardError("source_not_found", f"{name} cannot be read: {error.strerror}") from None
     if len(text) < length or length < 2:
         raise _bad(name, "it ends inside its header; it is truncated")
+    if not text.startswith(b"{"):
+        raise _bad(name, "its header is not a JSON object")
     try:
         raw = strict_json.loads(text)
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise _bad(name, f"its header is not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise _bad(name, "its header is not a JSON object")
     file = SourceFile(
         name=name,
         path=path,
@@ -124,6 +127,8 @@ def _tensor(file: SourceFile, name: str, entry: Any, *, data_start: int) -> Tens
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_size(item) for item in offsets):
         raise _bad(file.name, f"the offsets of {name!r} are not two positions")
     begin, end = offsets
+    if begin == end and max(shape, default=0) > MAX_EMPTY_SIZE:
+        raise _bad(file.name, f"{name!r} has no values, and a size above {MAX_EMPTY_SIZE}")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise _bad(file.name, f"{name!r} has {end - begin} bytes, its shape and dtype need another number")
     return TensorSpec(

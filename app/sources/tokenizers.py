@@ -13,7 +13,7 @@ from typing import Any
 
 from app import strict_json
 from app.errors import MergeyardError
-from app.sources.models import MAX_JSON_BYTES
+from app.sources.opening import read_small
 from app.sources.source import SourceFile
 
 MAX_TOKENS = 2_000_000  # the largest vocabularies in use have 260 000
@@ -164,13 +164,13 @@ def _read(file: SourceFile, reference: str) -> dict[str, Any]:
 
 def _bytes(file: SourceFile, reference: str) -> bytes:
     """The pinned bytes and no others: what is planned from them is what the plan's digest says."""
-    if file.size > MAX_JSON_BYTES:
-        raise _invalid(file.name, reference, f"is larger than {MAX_JSON_BYTES} bytes")
     try:
-        content = file.path.read_bytes() if file.content is None else file.content
+        content = read_small(file.path)[0] if file.content is None else file.content
     except OSError as error:
         message = f"{file.name} of {reference} cannot be read: {error.strerror}"
         raise MergeyardError("source_not_found", message) from None
+    except ValueError as error:
+        raise _invalid(file.name, reference, f"is {error}") from None
     if hashlib.sha256(content).hexdigest() != file.header_sha256:
         raise MergeyardError("source_changed", f"{file.name} of {reference} changed while it was read; try again")
     return content

@@ -16,6 +16,7 @@ from app.errors import MergeyardError
 from app.sources.adapters import CONFIG as ADAPTER_CONFIG
 from app.sources.adapters import load_adapter
 from app.sources.models import COMPANIONS, INDEX, PICKLES, load_model
+from app.sources.opening import MAX_SMALL_BYTES
 from app.sources.resolver import list_files
 
 STAGING = ".staging-"
@@ -83,7 +84,8 @@ class UploadDraft:
         """Store one file.
 
         Raises:
-            MergeyardError: `pickle_refused`, `request_invalid` (a name twice, a path, another kind, too many files).
+            MergeyardError: `pickle_refused`, `request_invalid` (a name twice, a path, another kind, too many files),
+                `source_format` (too large for what it is).
             OSError: the disk is full, or fails.
         """
         if len(self._files) >= MAX_FILES:
@@ -105,6 +107,8 @@ class UploadDraft:
             for chunk in chunks:
                 digest.update(chunk)
                 size += len(chunk)
+                if size > MAX_SMALL_BYTES and not name.endswith(".safetensors"):
+                    raise MergeyardError("source_format", f"{name} is larger than {MAX_SMALL_BYTES} bytes", where=name)
                 stream.write(chunk)
             stream.flush()
             os.fsync(stream.fileno())

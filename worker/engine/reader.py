@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from app.errors import MergeyardError
+from app.sources.opening import NOT_FOLLOWED, open_source
 from app.sources.source import GatheredTensor, Run, SourceFile, StoredTensor, TensorSpec
 
 DTYPES: dict[str, torch.dtype] = {
@@ -186,10 +187,12 @@ def open_unmoved(file: SourceFile, *, with_header: bool) -> int:
     Raises ``source_changed`` where it is gone or another one, ``source_format`` where it cannot be opened.
     """
     try:
-        descriptor = os.open(file.path, os.O_RDONLY)
+        descriptor = open_source(file.path)
     except FileNotFoundError:
         raise moved(file) from None
     except OSError as error:
+        if error.errno in NOT_FOLLOWED:
+            raise moved(file) from None
         raise MergeyardError("source_format", f"{file.name} cannot be opened: {error.strerror}.") from error
     try:
         check_unmoved(file, os.fstat(descriptor))

@@ -69,7 +69,8 @@ def run_merge(
         hashing = stack.enter_context(SourceDigests(_source_files(plan), digests))
         crew = stack.enter_context(Crew(threads))
         reader = stack.enter_context(Reader())
-        scratch = stack.enter_context(sink.scratch()) if plan.earlier else Path()
+        # what is read back is opened by its real path, as all sources are
+        scratch = stack.enter_context(sink.scratch()).resolve() if plan.earlier else Path()
         sinks = [*(AttemptFolder(scratch / str(number)) for number in range(len(plan.earlier))), sink]
         streams = [
             Stream(document, own, kernels=kernels, crew=crew, reader=reader, delta_budget=delta_budget)
