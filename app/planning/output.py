@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from app.planning.depth import restack_config
 from app.planning.layout import restacked
 from app.planning.named_code import imports_code, without_code
-from app.planning.plan import Document, Estimates, LoraFactors, ShardPlan, TensorPlan
+from app.planning.plan import Contribution, Document, Estimates, LoraFactors, ShardPlan, TensorPlan
 from app.planning.resolving import Resolved
 from app.planning.tokenizer_files import (
     chat_template,
@@ -24,7 +24,9 @@ from app.sources.safetensors import DTYPE_BYTES
 from app.sources.source import SourceFile
 from app.sources.tokenizers import ADDED_TOKENS, TOKENIZER_CONFIG, TOKENIZER_FILES, TOKENIZER_JSON
 
-DELTA_BUFFER_BYTES = 512_000_000  # the engine keeps one tensor's Δ of every source up to here, else it recomputes
+DELTA_BUFFER_BYTES = 512_000_000  # the engine keeps Δ that takes long to form up to here, of two tensors together
+COLLECTED_BYTES = 256_000_000  # magnitudes near the thresholds, of all sources together, that the engine keeps
+PRODUCT_RANK = 64  # up to here the engine's kernels form a product on the way
 EXPERT_FACTOR_BYTES = 256_000_000  # the engine keeps experts' factors up to here, where each has its own tensor
 PROCESS_BYTES = 450_000_000  # what a worker holds before it merges anything: torch, Numba
 MODULES = "modules.json"  # of sentence-transformers
@@ -61,12 +63,16 @@ def output_bytes(tensor: TensorPlan) -> int:
 
 def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
     touched = [tensor for tensor in tensors if tensor.contributions]
-    largest = 0
+    largest, spanned = 0, 0
     for tensor in touched:
-        count = math.prod(tensor.shape)
-        deltas = min(4 * count * len(tensor.contributions), DELTA_BUFFER_BYTES)
-        factors = sum(_factor_bytes(item.lora) for item in tensor.contributions if item.lora)
-        largest = max(largest, deltas + factors)
+        values = 4 * math.prod(tensor.shape)
+        # two tensors are open at once, one whose blocks are merged and one whose thresholds are looked for
+        deltas = min(2 * values * sum(map(_is_formed, tensor.contributions)), DELTA_BUFFER_BYTES)
+        factors = 2 * sum(_factor_bytes(item.lora) for item in tensor.contributions if item.lora)
+        collected = values * len(tensor.contributions) // 5
+        if tensor.parameters.get("trim_scope") == "model":
+            spanned += collected
+        largest = max(largest, deltas + factors + min(max(collected, spanned), COLLECTED_BYTES))
     return Estimates(
         output_bytes=sum(output_bytes(tensor) for tensor in tensors),
         peak_memory_bytes=PROCESS_BYTES + largest,
@@ -75,6 +81,14 @@ def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         parameters_touched=sum(math.prod(tensor.shape) for tensor in touched),
     )
+
+
+def _is_formed(contribution: Contribution) -> bool:
+    """Whether δ is more than one product or one difference, which the kernels form on the way."""
+    lora, full = contribution.lora, contribution.full
+    if lora is None:
+        return contribution.added is not None
+    return full is not None or contribution.added is not None or lora.magnitude is not None or lora.rank > PRODUCT_RANK
 
 
 def _factor_bytes(lora: LoraFactors) -> int:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite.binding import get_host_cpu_features
 from numba.core import caching
+from numba.core.dispatcher import Dispatcher
 
 from app.errors import MergeyardError
 from tests.engine import room_cases
@@ -168,6 +169,14 @@ def test_more_equals_than_there_are_keeps_them_all(kernels: Kernels) -> None:
 @ROOMS
 def test_warm_up_runs(kernels: Kernels) -> None:
     warm_up(kernels)
+
+
+def test_nothing_is_left_to_compile_after_the_warm_up() -> None:
+    warm_up(CPU)
+    own = [value for value in vars(cpu_loops).values() if isinstance(value, Dispatcher)]
+    entries = [loop for loop in own if not loop.__name__.startswith("_")]
+    assert len(entries) > 8
+    assert [loop.__name__ for loop in entries if len(loop.signatures) != 1] == []
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for instructions of x86-64")

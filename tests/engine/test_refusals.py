@@ -105,8 +105,8 @@ def test_a_copied_value_beyond_its_new_dtype_is_refused(root: Path) -> None:
 def test_a_merge_stops_while_its_sources_are_still_hashed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch, write_weights = Watch(), Stream.run
 
-    def written(stream: Stream) -> Any:
-        result = write_weights(stream)
+    def written(stream: Stream, *arguments: Any) -> Any:
+        result = write_weights(stream, *arguments)
         watch.stop = MergeyardError("cancelled", "Stopped.")
         return result
 

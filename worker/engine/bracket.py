@@ -22,7 +22,7 @@ Bracket: TypeAlias = tuple[int, int]  # the least and the largest magnitude insi
 SMALL = 1 << 16  # values that are all kept, where there are no more
 _DEVIATIONS = 5.0  # on both sides of the quantile
 _WIDEST = 0.2  # share of the values inside from which on histograms take less time
-_KEPT = 1 << 24  # magnitudes kept of one source, 64 MB
+_KEPT = 1 << 26  # magnitudes kept of all sources together, 256 MB; the planner's estimate counts on it
 _ALL: Bracket = (0, 0x7FFF_FFFF)
 
 
@@ -74,8 +74,9 @@ def _magnitudes(values: torch.Tensor) -> Magnitudes:
 
 @dataclass(slots=True)
 class Collected:
-    """What one source has above its bracket, and the magnitudes inside, block after block."""
+    """What one source of ``sources`` has above its bracket, and the magnitudes inside, block after block."""
 
+    sources: int = 1
     above: int = 0
     inside: int = 0
     blocks: list[tuple[str, Magnitudes]] = field(default_factory=list)  # with the tensor's name
@@ -83,15 +84,19 @@ class Collected:
     def add(self, tensor: str, above: int, inside: Magnitudes) -> None:
         self.above += above
         self.inside += len(inside)
-        if self.inside <= _KEPT:
+        if self.inside <= self._room:
             self.blocks.append((tensor, inside))
         else:
             self.blocks.clear()
 
+    @property
+    def _room(self) -> int:
+        return _KEPT // self.sources
+
     def largest(self, k: int) -> tuple[int, int, int] | None:
         """The k-th largest, how many values equal to it are among the k, and how many there are; None: not inside."""
         left = k - self.above
-        if not 1 <= left <= self.inside <= _KEPT:
+        if not 1 <= left <= self.inside <= self._room:
             return None
         inside = np.concatenate([own for _, own in self.blocks])
         place = len(inside) - left

@@ -28,7 +28,8 @@ DELTA_BUDGET = 512_000_000  # bytes of Δ kept between passes; the planner's est
 _ALIGNED = 16  # float32 values in 64 bytes
 SAMPLE_GROUPS = 32
 _SAMPLE_VALUES = 2048  # of a group of whole rows
-_CHEAP_RANK = 64  # up to here B·A in the caches costs less than writing it to memory and reading it back
+# Up to here B·A in the caches costs less than writing it to memory and reading it back. The planner counts on it.
+_CHEAP_RANK = 64
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -181,7 +181,7 @@ class Passes:
         brackets = self._brackets(scope, searches)
         if not brackets:
             return
-        collections = {slot: Collected() for slot in brackets}
+        collections = {slot: Collected(len(brackets)) for slot in brackets}
 
         def bracketed(tensor: TensorPlan) -> dict[int, _Search]:
             return {index: search for index, search in _open_searches(tensor, searches) if search.slot in brackets}

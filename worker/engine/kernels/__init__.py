@@ -10,7 +10,7 @@ import torch
 from app.errors import MergeyardError
 from worker.engine.kernels.cpu import CpuKernels
 from worker.engine.kernels.reference import ReferenceKernels
-from worker.engine.kernels.signature import COARSE_BINS, FINE_BINS, KEEP_ALL, Difference, Kernels, Product, Rule
+from worker.engine.kernels.signature import COARSE_BINS, FINE_BINS, KEEP_ALL, Difference, Kernels, Product, Rule, Trim
 
 __all__ = ["Kernels", "Room", "load", "warm_up"]
 
@@ -59,5 +59,6 @@ def warm_up(kernels: Kernels) -> None:
     kernels.count_equal(delta, 0)
     kernels.kept_l1(delta, KEEP_ALL)
     kernels.elected_balance([delta], [KEEP_ALL], [1.0], rule)
+    trims = [Trim(threshold=0x3F80_0000, equals=1), KEEP_ALL]  # 1.0: equal magnitudes are divided
     for base in (delta, half):
-        kernels.merge(base, [product, Difference(half, base)], [KEEP_ALL] * 2, [1.0] * 2, rule, torch.empty_like(base))
+        kernels.merge(base, [product, Difference(half, base)], trims, [1.0, 1.0], rule, torch.empty_like(base))
