@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from worker.engine.ranking import ALL_EQUALS
+
 Magnitudes: TypeAlias = npt.NDArray[np.int32]  # of float32, as their 31 bits
 Bracket: TypeAlias = tuple[int, int]  # the least and the largest magnitude inside
 
@@ -104,10 +106,13 @@ class Collected:
         return threshold, left - int((inside > threshold).sum()), int((inside == threshold).sum())
 
     def shared(self, threshold: int, equals: int) -> dict[str, array[int]]:
-        """How many of the values equal to the threshold each block keeps, by tensor: the first ``equals`` stay."""
+        """How many of the values equal to the threshold each block keeps, by tensor: the first ``equals`` stay.
+
+        A block that keeps all it has says ``ALL_EQUALS``, so that nobody looks for the last of them.
+        """
         shared: dict[str, array[int]] = {}
         for tensor, own in self.blocks:
-            kept = min(equals, int((own == threshold).sum()))
-            equals -= kept
-            shared.setdefault(tensor, array("q")).append(kept)
+            present = int((own == threshold).sum())
+            shared.setdefault(tensor, array("q")).append(ALL_EQUALS if 0 < present <= equals else min(equals, present))
+            equals -= min(equals, present)
         return shared

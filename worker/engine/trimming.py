@@ -289,7 +289,8 @@ class Passes:
             for search, present in found:
                 kept = min(left[search.slot], present)
                 left[search.slot] -= kept
-                search.equals.setdefault(tensor.name, array("q")).append(kept)
+                everything = 0 < kept == present  # then nobody need look for the last of them
+                search.equals.setdefault(tensor.name, array("q")).append(ALL_EQUALS if everything else kept)
 
     def _find_rescales(self, scope: Sequence[TensorPlan], searches: dict[int, _Search], pulse: Pulse) -> None:
         before = dict.fromkeys(searches, 0.0)
