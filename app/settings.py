@@ -27,6 +27,7 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, ge=1)
     retry_seconds: float = Field(5.0, ge=0, description="Wait before the second attempt; doubles each time, to 5 min")
     stalled_seconds: float = Field(3600.0, gt=0, description="How long a living worker keeps a job that does not move")
+    deaf_seconds: float = Field(120.0, gt=0, description="How long a worker idles beside waiting jobs before it ends")
     janitor_seconds: float = Field(0.0, ge=0, description="Between janitor rounds; 0: half a lease, at most 10 s")
     max_body_bytes: int = Field(2_000_000, ge=1000, description="Largest recipe or envelope accepted")
     max_upload_bytes: int = Field(20_000_000_000, ge=1)

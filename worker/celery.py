@@ -7,26 +7,34 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import billiard  # type: ignore[import-untyped]
 from celery import Celery
 from celery.exceptions import SecurityWarning
-from celery.signals import worker_shutting_down
+from celery.signals import worker_ready, worker_shutting_down
 from celery.worker import state
 
 from app.records.bell import CELERY, Bell, queue_names
 from app.records.database import Database
+from app.records.upkeep import Upkeep
 from app.settings import Settings
+from worker.deafness import DeafnessWatch
 
 log = logging.getLogger("mergeyard.worker")
 
+LEAVE_SECONDS = 10.0  # a deaf worker may take this long to stop in good order
 START_SECONDS = 600.0  # a child may take this long to import torch and to compile the kernels
 
 
 def run_worker(settings: Settings, *, tasks: str = "worker.tasks") -> None:
-    """Serve ``settings.queue`` until SIGTERM, then exit; a merge in progress is handed back at its next check.
+    """Serve ``settings.queue`` until SIGTERM, then exit; a merge in progress is handed back at its next check. A worker
+    that went deaf exits with code 1, so that whoever watches it starts another.
 
     ``tasks`` is the module that answers the doorbell. Raises MergeyardError (``database_unavailable``, ``not_ready``,
     ``broker_unavailable``, ``not_supported`` for the device) before anything is started.
@@ -39,6 +47,7 @@ def run_worker(settings: Settings, *, tasks: str = "worker.tasks") -> None:
     warnings.simplefilter("ignore", SecurityWarning)  # root in a container: it warns of pickles, which we refuse
     app = make_celery(settings, tasks=tasks)
     worker_shutting_down.connect(_ask_children_to_stop)
+    deaf = threading.Event()
     try:
         worker = app.Worker(
             hostname=f"mergeyard-{os.getpid()}@{socket.gethostname()}",
@@ -49,10 +58,11 @@ def run_worker(settings: Settings, *, tasks: str = "worker.tasks") -> None:
             without_heartbeat=True,
             quiet=True,
         )
-        worker.start()
+        with _watched(settings, deaf):
+            worker.start()
     finally:
         worker_shutting_down.disconnect(_ask_children_to_stop)
-    sys.exit(worker.exitcode)
+    sys.exit(1 if deaf.is_set() else worker.exitcode)
 
 
 def make_celery(settings: Settings, *, tasks: str = "worker.tasks") -> Celery:
@@ -87,6 +97,39 @@ def _check_reachable(settings: Settings) -> None:
     finally:
         database.close()
         bell.close()
+
+
+@contextmanager
+def _watched(settings: Settings, deaf: threading.Event) -> Iterator[None]:
+    """Ends the worker where it hears nothing while jobs wait, once it has begun to listen."""
+    database, bell = Database(settings.database), Bell(settings.broker)
+
+    def leave() -> None:
+        deaf.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LEAVE_SECONDS)  # what hangs in a dead connection does not come to its end either
+        os._exit(1)
+
+    watch = DeafnessWatch(
+        Upkeep(database),
+        bell,
+        queue=settings.queue,
+        seconds=settings.deaf_seconds,
+        busy=lambda: bool(state.reserved_requests or state.active_requests),
+        leave=leave,
+    )
+
+    def listening(**_: Any) -> None:
+        watch.start()
+
+    worker_ready.connect(listening)
+    try:
+        yield
+    finally:
+        worker_ready.disconnect(listening)
+        watch.stop()
+        bell.close()
+        database.close()
 
 
 def _ask_children_to_stop(**_: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import tempfile
@@ -25,6 +26,7 @@ from mergeyard.processes import StartError
 from mergeyard.up import SOCKET_PATH_BYTES, broker_socket, worker_environments
 from tests import servers, tiny
 from tests.cli.commands import MERGEYARD, environment, mergeyard
+from tests.faults.proxy import Proxy, proxied
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -51,7 +53,7 @@ class Up:
 
 def start(data: Path, models: Path, **variables: str) -> Up:
     # Everybody is quick to notice and to be missed: no test waits for a minute's lease.
-    quick = {"MERGEYARD_JANITOR_SECONDS": "1", "MERGEYARD_LEASE_SECONDS": "10"}
+    quick = {"MERGEYARD_JANITOR_SECONDS": "1", "MERGEYARD_LEASE_SECONDS": "10", "MERGEYARD_RETRY_SECONDS": "0"}
     process = subprocess.Popen(
         [*MERGEYARD, "up", "--port", "0", "--data-dir", str(data)],
         stdout=subprocess.PIPE,
@@ -256,6 +258,24 @@ def test_nothing_is_left_running_after_ctrl_c_on_postgresql_and_a_broker_of_ones
         own = {"MERGEYARD_DATABASE_URL": database, "MERGEYARD_BROKER_URL": broker}
         ends_without_a_trace(tmp_path / "data", tiny_models, signal.SIGINT, **own)
         assert {path.name for path in (tmp_path / "data").glob("*.s*")} == set()  # no SQLite, no socket
+
+
+def test_a_worker_that_went_deaf_ends_and_is_started_again(tmp_path: Path, tiny_models: Path) -> None:
+    """Its connection to the broker is open and nothing comes through; other connections are well."""
+    with servers.short_folder() as folder, servers.valkey(folder / "real.sock"):
+        between = Proxy(folder / "proxy.sock", folder / "real.sock", random.Random(0), {"none": 1})
+        with proxied(between):
+            own = {"MERGEYARD_BROKER_URL": f"redis+socket://{between.listen}", "MERGEYARD_DEAF_SECONDS": "3"}
+            up = start(tmp_path / "data", tiny_models, **own)
+            with Client(up.url) as client:
+                assert client.wait(client.submit(tiny.recipe())["id"], timeout=90)["status"] == "succeeded"
+                deaf = up.part("worker")
+                between.break_all("swallow")
+                merge = client.wait(client.submit(tiny.recipe())["id"], timeout=90)
+            assert (merge["status"], merge["attempt"]) == ("succeeded", 1)
+            assert up.part("worker").pid != deaf.pid
+            assert "heard nothing" in (up.data / "logs" / "worker.log").read_text()
+            end(up)
 
 
 class TestTheBrokersSocket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -13,18 +14,23 @@ from typing import Any
 from app.records.database import Database
 from tests import servers, tiny
 from tests.faults.audit import Audit
-from tests.faults.kills import VICTIMS, Campaign, break_by_kills
+from tests.faults.cuts import break_by_cuts
+from tests.faults.kills import MATRIX, VICTIMS, Campaign, break_by_kills
 from tests.faults.load import Load, unbroken
+
+SHOWN = 20  # of each kind of thing that went wrong
 
 
 def main() -> int:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by the way that ends every process that was started
     print(f"seed {options.seed}; repeat with --seed {options.seed}", *servers.described(), sep="\n", flush=True)
     with servers.short_folder() as folder:
         models = tiny.write_root(folder / "models")
         expected = unbroken(models, folder / "unbroken")
         good = _kills_on_postgresql(folder, models, expected, options)
         good &= _kills_on_sqlite(folder, models, expected, options)
+        good &= _cuts_on_postgresql(folder, models, expected, options)
     print("every count that must be zero is zero" if good else "THE PROMISE WAS BROKEN", flush=True)
     return 0 if good else 1
 
@@ -34,6 +40,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32), help="repeats a run's choices")
     parser.add_argument("--kills", type=int, default=160, help="on PostgreSQL")
     parser.add_argument("--sqlite-kills", type=int, default=60)
+    parser.add_argument("--cut-seconds", type=int, default=60, help="of load over connections that break")
     parser.add_argument("--keep", type=Path, help="copy the logs of every process to this folder")
     return parser.parse_args()
 
@@ -63,8 +70,26 @@ def _kills(
     _tell_kills(campaign)
     if options.keep:
         _keep(folder / name / "logs", options.keep / name)
-    done = sum(campaign.kills.values())
-    return not load.wrong and not any(found.zeros.values()) and done >= kills * 0.95
+    enough = sum(campaign.kills.values()) >= kills and (kills < len(MATRIX) or all(map(campaign.kills.get, MATRIX)))
+    return enough and not load.wrong and not any(found.zeros.values())
+
+
+def _cuts_on_postgresql(folder: Path, models: Path, expected: Any, options: argparse.Namespace) -> bool:
+    if options.cut_seconds == 0:
+        return True
+    began = time.monotonic()
+    with servers.postgresql() as server, servers.temporary_database(server) as url:
+        _migrate(url)
+        broker, database, load, found = break_by_cuts(
+            folder / "cuts", models, url, expected, options.cut_seconds, options.seed
+        )
+    _tell("cut connections", time.monotonic() - began, load, found)
+    for name, proxy in (("broker", broker), ("database", database)):
+        print(f"  {name}: {proxy.connections} connections; {_counts(proxy.faults)}", flush=True)
+    if options.keep:
+        _keep(folder / "cuts" / "logs", options.keep / "cuts")
+    enough = all(sum(proxy.faults.values()) > options.cut_seconds / 2 for proxy in (broker, database))
+    return enough and not load.wrong and not any(found.zeros.values())
 
 
 def _migrate(url: str) -> None:
@@ -84,13 +109,17 @@ def _tell(title: str, seconds: float, load: Load, found: Audit) -> None:
         _counts({**found.zeros, "partial files visible and wrong answers": len(load.wrong)}),
         flush=True,
     )
-    for what in [*found.lost, *found.published_twice, *found.wrong_bytes, *found.left_over, *load.wrong]:
-        print("  WRONG:", what)
+    for wrong in (load.wrong, found.lost, found.published_twice, found.wrong_bytes, found.left_over):
+        print(*(f"  WRONG: {what}" for what in wrong[:SHOWN]), sep="\n", end="\n" if wrong else "")
 
 
 def _tell_kills(campaign: Campaign) -> None:
     total = sum(campaign.kills.values())
-    print(f"kills: {total}; frozen beyond the lease: {campaign.frozen}; stages nobody came to: {campaign.missed}")
+    uncovered = [f"{victim} at {stage}" for victim, stage in MATRIX if not campaign.kills[victim, stage]]
+    print(
+        f"kills: {total}; frozen beyond the lease: {campaign.frozen}; stages nobody came to in time: {campaign.missed}"
+    )
+    print("never killed:", ", ".join(uncovered) or "nobody anywhere; every victim died at every stage")
     for victim in VICTIMS:
         by_stage = {stage: count for (who, stage), count in sorted(campaign.kills.items()) if who == victim}
         print(f"  {victim}: {sum(by_stage.values())} ({_counts(by_stage)})", flush=True)

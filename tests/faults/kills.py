@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,11 @@ import psutil
 
 from tests.faults.audit import Audit, audit
 from tests.faults.load import Load
-from tests.faults.service import LEASE_SECONDS, Service, running
+from tests.faults.service import LEASE_SECONDS, Service, running, sigkill
 from tests.faults.stages import STAGES, Stop
 
 VICTIMS = ("child", "worker", "api", "broker")
+MATRIX = [(victim, stage) for victim in VICTIMS for stage in STAGES]
 ANY_TIME = "any time"  # no stage: whenever it happens to be
 CAUGHT_SECONDS = 20.0
 DRAIN_SECONDS = 90.0
@@ -49,10 +49,12 @@ def break_by_kills(
     with running(folder, models, database_url, socket_path=socket_path) as service:
         load = Load(service.url, expected, random.Random(seed + 1))
         load.start()
-        for victim, stage in itertools.islice(_targets(rng), kills):
-            if load.wrong:
-                break
-            _kill(service, campaign, victim, stage, rng)
+        todo = deque(rng.sample(MATRIX, len(MATRIX)))
+        while sum(campaign.kills.values()) < kills and not load.wrong:
+            victims, stage = _next(todo, rng)
+            came = _kill(service, campaign, victims, stage, rng)
+            if not came and len(victims) == 1 and campaign.missed < len(MATRIX):
+                todo.append((victims[0], stage))  # nobody came there in time; perhaps later
         service.stops.disarm()
         load.drain(DRAIN_SECONDS)
         found = audit(service.settings, load.accepted, load.deleted)
@@ -60,18 +62,17 @@ def break_by_kills(
     return campaign, load, found
 
 
-def _targets(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Every victim at every stage in a random order, then anybody anywhere."""
-    matrix = [(victim, stage) for victim in VICTIMS for stage in STAGES]
-    rng.shuffle(matrix)
-    yield from matrix
-    while True:
-        # A worker's start takes seconds of a core and a broker's none, so that brokers die more often.
-        yield rng.choices(VICTIMS, (2, 2, 2, 3))[0], rng.choice((*STAGES, ANY_TIME, ANY_TIME))
+def _next(todo: deque[tuple[str, str]], rng: random.Random) -> tuple[list[str], str]:
+    """Every victim at every stage, alone; then any of them together, at any stage or time."""
+    if todo:
+        victim, stage = todo.popleft()
+        return [victim], stage
+    return rng.sample(VICTIMS, rng.choice((1, 2, 2, 3))), rng.choice((*STAGES, ANY_TIME, ANY_TIME))
 
 
-def _kill(service: Service, campaign: Campaign, victim: str, stage: str, rng: random.Random) -> None:
-    stop = None if stage == ANY_TIME else _caught(service, stage)
+def _kill(service: Service, campaign: Campaign, victims: list[str], stage: str, rng: random.Random) -> bool:
+    """Whether somebody came to the stage, and so was killed there and not just some time."""
+    wanted, stop = stage, None if stage == ANY_TIME else _caught(service, stage)
     if stop is None:
         campaign.missed += stage != ANY_TIME
         stage = ANY_TIME
@@ -79,11 +80,12 @@ def _kill(service: Service, campaign: Campaign, victim: str, stage: str, rng: ra
     if stop is not None and rng.random() < FROZEN:
         _freeze(stop.pid)
         campaign.frozen += 1
-    if _strike(service, victim, stop, rng):
-        campaign.kills[victim, stage] += 1
+    for victim in sorted(victims, reverse=True):  # a worker before its child, which is found through it
+        campaign.kills[victim, stage] += _strike(service, victim, stop, rng)
     if stop is not None:
         # Who was not killed goes on at once or a little later: an orphan works on beside its job's next worker.
         threading.Timer(rng.choice((0.0, 0.3, LEASE_SECONDS + 1)), stop.release).start()
+    return stop is not None or wanted == ANY_TIME
 
 
 def _caught(service: Service, stage: str) -> Stop | None:
@@ -99,28 +101,18 @@ def _caught(service: Service, stage: str) -> Stop | None:
 
 def _strike(service: Service, victim: str, stop: Stop | None, rng: random.Random) -> bool:
     if victim in ("api", "broker"):
-        service.kill(victim)
-        return True
+        return service.kill(victim)
     pool = service.pool()
     child = rng.choice(pool).pid if stop is None and pool else stop.pid if stop is not None else None
     if child is None:
         return False
     if victim == "child":
-        return _sigkill(child)
+        return sigkill(child)
     for part in service.workers():
         with suppress(psutil.Error):
             if child in [process.pid for process in psutil.Process(part.pid).children()]:
-                service.kill(part.name)
-                return True
-    return _sigkill(child)  # an orphan already: its worker was killed before
-
-
-def _sigkill(pid: int) -> bool:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
+                return service.kill(part.name)
+    return sigkill(child)  # an orphan already: its worker was killed before
 
 
 def _freeze(pid: int) -> None:

@@ -128,8 +128,8 @@ class Load:
         if merge["status"] == "succeeded":
             self._check_files(http, merge_id, listing.json())
             if self.rng.random() < DELETED:
+                self.deleted.add(merge_id)  # first, for whoever looks at its files meanwhile
                 self._request(http, "DELETE", f"/merges/{merge_id}")
-                self.deleted.add(merge_id)
         elif listing.status_code != 409:
             self.wrong.append(f"{merge_id} {merge['status']} and shows files: {listing.text}")
 

@@ -84,10 +84,10 @@ class Service:
         self.children.update(found)  # whoever is orphaned later is not forgotten
         return [child for child in found if "spawn_main" in str(_words(child))]
 
-    def kill(self, name: str) -> None:
-        """SIGKILL for a part; it is started again."""
+    def kill(self, name: str) -> bool:
+        """SIGKILL for a part, which is started again. False where it was dead already."""
         self.pool()
-        os.kill(self.parts[name].pid, signal.SIGKILL)
+        return sigkill(self.parts[name].pid)
 
     def keep(self) -> None:
         """Start again what died, until the end. A thread of its own."""
@@ -122,6 +122,7 @@ def running(
         lease_seconds=LEASE_SECONDS,
         janitor_seconds=0.5,
         max_attempts=MAX_ATTEMPTS,
+        retry_seconds=0.1,
         threads=1,
     )
     stops = Stops(folder / "stops")
@@ -162,6 +163,15 @@ def running(
             service._ending.set()
             keeper.join()
             service.end()
+
+
+def sigkill(pid: int) -> bool:
+    """Whether there was anybody to kill."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _words(process: psutil.Process) -> list[str]:
