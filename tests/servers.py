@@ -107,6 +107,19 @@ def temporary_database(server_url: str) -> Iterator[str]:
             connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
 
+@contextmanager
+def refusing(server_url: str, database_url: str) -> Iterator[None]:
+    """What a restart of the server is to the clients of one database: all connections end, new ones are refused."""
+    name = make_url(database_url).database
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+        try:
+            yield
+        finally:
+            connection.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+
+
 def empty(database_url: str, tables: Iterable[str]) -> None:
     """Empty these tables of a PostgreSQL database."""
     with psycopg.connect(database_url, autocommit=True) as connection:

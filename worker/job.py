@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+import torch
+
 from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
 from app.errors import NO_SPACE, MergeyardError
@@ -179,7 +181,7 @@ def _user_facing(error: Exception) -> MergeyardError:
         return error
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return MergeyardError("disk_full", "The artifact store has no room left; free some space and merge again.")
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return MergeyardError("out_of_memory", "The worker has too little memory for this merge.")
     return MergeyardError(
         "internal", "The worker met an error it did not expect; its log has the details under this merge's id."

@@ -22,6 +22,13 @@ from app.errors import MergeyardError
 from app.records.tables import UtcTime
 
 BUSY_SECONDS = 15.0
+# libpq's, for TCP: a network that swallows packets is an error within half a minute, not a wait for ever.
+_NETWORK_DIED = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,  # milliseconds
+}
 MIGRATION_LOCK = 0x6D657267  # "merg": the PostgreSQL advisory lock every migrating process takes
 
 
@@ -153,4 +160,4 @@ def _postgresql(url: str) -> Engine:
     location = make_url(url)
     if location.drivername in ("postgresql", "postgres"):
         location = location.set(drivername="postgresql+psycopg")
-    return create_engine(location, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+    return create_engine(location, pool_pre_ping=True, connect_args={"connect_timeout": 5, **_NETWORK_DIED})

@@ -212,7 +212,7 @@ def _later(job: Job, now: datetime, pause: float) -> datetime | None:
 
 
 def _let_go(status: Status) -> dict[str, Any]:
-    return {"status": status, "stage": None, "lease_token": None, "lease_expires_at": None}
+    return {"status": status, "stage": None, "lease_token": None, "lease_expires_at": None, "retry_at": None}
 
 
 def _cancelled(now: datetime) -> Change:

@@ -38,7 +38,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 32), help="repeats a run's choices")
-    parser.add_argument("--kills", type=int, default=160, help="on PostgreSQL")
+    parser.add_argument("--kills", type=int, default=150, help="on PostgreSQL")
     parser.add_argument("--sqlite-kills", type=int, default=60)
     parser.add_argument("--cut-seconds", type=int, default=60, help="of load over connections that break")
     parser.add_argument("--keep", type=Path, help="copy the logs of every process to this folder")
@@ -87,7 +87,7 @@ def _cuts_on_postgresql(folder: Path, models: Path, expected: Any, options: argp
     for name, proxy in (("broker", broker), ("database", database)):
         print(f"  {name}: {proxy.connections} connections; {_counts(proxy.faults)}", flush=True)
     if options.keep:
-        _keep(folder / "cuts" / "logs", options.keep / "cuts")
+        _keep(folder / "cuts" / "service" / "logs", options.keep / "cuts")
     enough = all(sum(proxy.faults.values()) > options.cut_seconds / 2 for proxy in (broker, database))
     return enough and not load.wrong and not any(found.zeros.values())
 

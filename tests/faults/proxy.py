@@ -18,7 +18,8 @@ from pathlib import Path
 
 FAULTS = ("cut", "delay", "half-close", "swallow")
 PIECE = 1 << 16
-DELAY_SECONDS = 0.5
+DELAY_SECONDS = 0.5  # of a piece, at most
+SLOW_SECONDS = 2.0  # a connection is slow for as long, and well again
 
 Address = Path | tuple[str, int]
 
@@ -99,15 +100,22 @@ class Link:
         self.close()
 
     def strike(self, fault: str) -> None:
-        if self not in self._proxy._open or self._fault:
+        """Let the fault come. A cut comes to a broken connection too; nothing else does."""
+        if self not in self._proxy._open or (self._fault and fault != "cut"):
             return
         self._proxy.faults[fault] += 1
         self._fault = fault
         if fault == "cut":
             self.close()
+        if fault == "delay":
+            self._proxy._loop.call_later(SLOW_SECONDS, self._recover)
         if fault == "half-close":
             with contextlib.suppress(OSError):
                 self._proxy.rng.choice((self._client, self._server))[1].write_eof()
+
+    def _recover(self) -> None:
+        if self._fault == "delay":
+            self._fault = ""
 
     def close(self) -> None:
         for _, writer in (self._client, self._server):

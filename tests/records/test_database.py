@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -88,6 +89,19 @@ def test_sqlite_writes_ahead_syncs_fully_and_keeps_foreign_keys(sqlite_url: str)
             for pragma in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
         }
     assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 15000}
+    database.close()
+
+
+def test_a_locked_sqlite_is_waited_for(sqlite_url: str) -> None:
+    database = Database(sqlite_url)
+    holder = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), check_same_thread=False, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    threading.Timer(1.0, holder.rollback).start()
+    began = time.monotonic()
+    job, _ = Jobs(database).submit(new_job())
+    assert time.monotonic() - began > 0.5, "it was locked"
+    assert Jobs(database).get(job.id) == job
+    holder.close()
     database.close()
 
 

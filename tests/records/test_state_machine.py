@@ -1,133 +1,231 @@
-"""Any order of transitions, by workers old and new, on both databases: what is promised of a job always holds."""
+"""Any order of transitions on both databases, by several workers old and new, under a clock that jumps and a broker
+that loses, repeats and reorders its messages: what is promised of a job always holds, and every job comes to its end.
+"""
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Callable
+from dataclasses import fields, replace
+from datetime import datetime, timedelta
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from sqlalchemy import update
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import select, update
 
+from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records.job import CancelRequested, Job, LeaseLost, Status
 from app.records.jobs import Jobs
+from app.records.tables import UtcTime
 from app.records.tables import jobs as table
 from app.records.upkeep import Upkeep
 from tests.records.submitting import ARTIFACT, new_job
 
 ENDINGS = {"succeeded", "failed", "cancelled"}
+WORKERS = 3
+LEASE_SECONDS, PAUSE_SECONDS = 60.0, 45.0
+JUMPS = (-3600, -31, 31, 3600)  # seconds: some within a lease, some beyond it
+TIMES = [column.name for column in table.columns if isinstance(column.type, UtcTime)]
+DATED = [field.name for field in fields(Job) if field.name in TIMES]
 
 
-class OneJob(RuleBasedStateMachine):
-    """One job of two attempts; every worker that ever claimed it goes on writing under its token."""
+class Service(RuleBasedStateMachine):
+    """One or two jobs of two attempts. A worker goes on writing under every token that it ever got."""
 
     def __init__(self, jobs: Jobs) -> None:
         super().__init__()
-        self.jobs = jobs
-        self.upkeep = Upkeep(jobs.database)
-        self.job, _ = jobs.submit(new_job(max_attempts=2))
-        self.tokens: list[str] = []
-        self.seen: list[Job] = [self.job]
+        self.jobs = Jobs(jobs.database, retry_seconds=PAUSE_SECONDS)
+        self.upkeep = Upkeep(jobs.database, retry_seconds=PAUSE_SECONDS)
+        self.messages: list[str] = []
+        self.ids: list[str] = []
+        self.held: list[list[tuple[str, str]]] = [[] for _ in range(WORKERS)]  # of each worker: (job, token)
+        self.seen: dict[str, Job] = {}
+        self.set_back = 0  # seconds that the clock is behind
 
-    def now(self) -> Job:
-        return self.jobs.get(self.job.id)
+    # ── the API ──────────────────────────────────────────────────────────────────────────────────
 
-    @rule()
-    def claim(self) -> None:
-        before = self.now()
-        claimed = self.jobs.claim(self.job.id, lease_seconds=60)
-        assert (claimed is not None) == (before.status is Status.QUEUED or self.expired(before))
-        if claimed is not None:
-            assert claimed.lease_token and claimed.lease_token not in self.tokens
-            self.tokens.append(claimed.lease_token)
+    @initialize()
+    def begin(self) -> None:
+        self.submit(True)
 
-    @precondition(lambda self: self.tokens)
-    @rule(
-        index=st.integers(-2, -1),
-        write=st.sampled_from(["beat", "stage", "publish", "fail", "fail for good", "hand back", "confirm"]),
-    )
-    def write(self, index: int, write: str) -> None:
-        token = self.tokens[max(index, -len(self.tokens))]
-        before, jobs, job_id = self.now(), self.jobs, self.job.id
-        held = before.lease_token == token
-        error = MergeyardError("internal", "x")
+    @precondition(lambda self: len(self.ids) < 2)
+    @rule(rings=st.booleans())
+    def submit(self, rings: bool) -> None:
+        job, _ = self.jobs.submit(new_job(max_attempts=2))
+        self.ids.append(job.id)
+        self.seen[job.id] = job
+        if rings:
+            self.messages.append(job.id)
+
+    @rule(which=st.integers(0, 1))
+    def cancel(self, which: int) -> None:
+        before = self.jobs.get(self.ids[which % len(self.ids)])
         try:
-            match write:
-                case "beat":
-                    beat = jobs.heartbeat(job_id, token, lease_seconds=60, progress_bytes=1)
-                    assert beat.cancel_requested == (before.status is Status.CANCELLING)
-                case "stage":
-                    jobs.set_stage(job_id, token, "merging")
-                case "publish":
-                    jobs.publish(job_id, token, ARTIFACT)
-                case "fail" | "fail for good":
-                    jobs.fail(job_id, token, error, retry=write == "fail")
-                case "hand back":
-                    jobs.hand_back(job_id, token)
-                case "confirm":
-                    jobs.confirm_cancelled(job_id, token)
-        except LeaseLost:
-            assert not held and self.now() == before, "a stale token writes nothing"
-        except CancelRequested:
-            assert held and write == "publish" and before.status is Status.CANCELLING
-        except ValueError:
-            assert held and write == "confirm" and before.status is Status.RUNNING
-        else:
-            assert held
-
-    @rule()
-    def cancel(self) -> None:
-        before = self.now()
-        try:
-            after = self.jobs.request_cancel(self.job.id)
+            after = self.jobs.request_cancel(before.id)
         except MergeyardError as error:
             assert error.code == "conflict" and before.status in (Status.SUCCEEDED, Status.FAILED)
         else:
             assert after.status in (Status.CANCELLING, Status.CANCELLED)
 
+    # ── the broker ───────────────────────────────────────────────────────────────────────────────
+
+    @precondition(lambda self: self.messages)
+    @rule(which=st.integers(0, 20), worker=st.integers(0, WORKERS - 1), repeated=st.booleans())
+    def deliver(self, which: int, worker: int, repeated: bool) -> None:
+        """In any order, to anybody; ``repeated`` messages come again."""
+        position = which % len(self.messages)
+        job_id = self.messages[position]
+        if not repeated:
+            del self.messages[position]
+        before, now = self.jobs.get(job_id), self.jobs.database.now()
+        claimed = self.jobs.claim(job_id, lease_seconds=LEASE_SECONDS, worker=str(worker))
+        assert (claimed is not None) == free(before, now)
+        if claimed is not None:
+            assert claimed.lease_token and claimed.lease_token not in self.tokens()
+            self.held[worker].append((job_id, claimed.lease_token))
+
+    @precondition(lambda self: self.messages)
     @rule()
-    def let_the_lease_run_out(self) -> None:
-        database = self.jobs.database
-        with database.write() as connection:
-            connection.execute(
-                update(table)
-                .where(table.c.id == self.job.id, table.c.lease_token.is_not(None))
-                .values(lease_expires_at=self.job.created_at - timedelta(seconds=1))
-            )
+    def wipe(self) -> None:
+        """The broker was restarted, and forgot everything."""
+        self.messages.clear()
+
+    # ── the workers ──────────────────────────────────────────────────────────────────────────────
+
+    @precondition(lambda self: any(self.held))
+    @rule(
+        worker=st.integers(0, WORKERS - 1),
+        index=st.integers(-2, -1),
+        write=st.sampled_from(["beat", "stage", "shard", "publish", "fail", "fail for good", "hand back", "confirm"]),
+    )
+    def write(self, worker: int, index: int, write: str) -> None:
+        mine = next(held for held in self.held[worker:] + self.held[:worker] if held)
+        job_id, token = mine[max(index, -len(mine))]
+        before = self.jobs.get(job_id)
+        shards = self.jobs.shards(job_id)
+        holds = before.lease_token == token
+        try:
+            WRITES[write](self.jobs, job_id, token)
+        except LeaseLost:
+            assert not holds and self.jobs.get(job_id) == before, "a stale token writes nothing"
+            assert self.jobs.shards(job_id) == shards
+        except CancelRequested:
+            assert holds and write == "publish" and before.status is Status.CANCELLING
+        except ValueError:
+            assert holds and write == "confirm" and before.status is Status.RUNNING
+        else:
+            assert holds
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────────
+
+    @rule(seconds=st.sampled_from(JUMPS))
+    def jump(self, seconds: int) -> None:
+        """The database's clock jumps, which is the same as every stored time moving the other way."""
+        self.set_back = max(0, self.set_back - seconds)
+        with self.jobs.database.write() as connection:
+            for row in connection.execute(select(table).where(table.c.id.in_(self.ids))).all():
+                moved = {name: moved_by(row._mapping[name], -seconds) for name in TIMES}
+                connection.execute(update(table).where(table.c.id == row.id).values(moved))
+        for job_id, job in self.seen.items():
+            self.seen[job_id] = replace(job, **{name: moved_by(getattr(job, name), -seconds) for name in DATED})
 
     @rule()
     def janitor(self) -> None:
-        self.upkeep.round()
-        after = self.now()
-        assert after.lease_expires_at is None or after.lease_expires_at > self.job.created_at, "no dead lease is left"
+        report = self.upkeep.round(ring_after=10)
+        self.messages += [ring.id for ring in report.ring if ring.id in self.ids]
+        now = self.jobs.database.now()
+        for job in map(self.jobs.get, self.ids):
+            assert job.lease_expires_at is None or job.lease_expires_at > now - timedelta(seconds=30), "a dead lease"
+
+    # ── what always holds ────────────────────────────────────────────────────────────────────────
 
     @invariant()
     def promises_hold(self) -> None:
-        now, before = self.now(), self.seen[-1]
-        if before.status.finished:
-            assert now == before, "a finished job never changes"
+        for job_id, before in self.seen.items():
+            now = self.jobs.get(job_id)
+            if before.status.finished:
+                assert now == before, "a finished job never changes"
+            self.check(now, before)
+            self.seen[job_id] = now
+
+    def check(self, now: Job, before: Job) -> None:
         assert now.version >= before.version
         assert 0 <= now.attempt <= now.max_attempts
         assert (now.lease_token is not None) == (now.status in (Status.RUNNING, Status.CANCELLING))
         assert (now.artifact is not None) == (now.status is Status.SUCCEEDED)
         assert (now.error is not None) == (now.status is Status.FAILED)
         assert (now.finished_at is not None) == now.status.finished
-        kinds = [event.type for event in self.jobs.events(self.job.id)]
+        assert now.retry_at is None or now.status is Status.QUEUED
+        assert list(now.failures[: len(before.failures)]) == list(before.failures), "a reason is never forgotten"
+        failed = [failure["attempt"] for failure in now.failures]
+        assert failed == sorted(set(failed)) and len(failed) <= now.attempt
+        if now.status is Status.FAILED:
+            assert now.failures[-1]["code"] == now.error["code"]
+        kinds = [event.type for event in self.jobs.events(now.id)]
         endings = [kind for kind in kinds if kind in ENDINGS]
         assert endings == ([str(now.status)] if now.status.finished else []), "one ending, told once"
-        self.seen.append(now)
 
-    def expired(self, job: Job) -> bool:
-        dead = job.lease_expires_at is not None and job.lease_expires_at < self.job.created_at
-        return job.status is Status.RUNNING and dead and job.attempt < job.max_attempts
+    def teardown(self) -> None:
+        """Nobody who worked so far is heard of again. One honest worker, the janitor and time end every job."""
+        if self.set_back:
+            self.jump(self.set_back)
+        for _ in range(8):
+            if all(self.jobs.get(job_id).status.finished for job_id in self.ids):
+                break
+            self.jump(3600)
+            self.janitor()
+            for job_id in set(self.messages):
+                mine = self.jobs.claim(job_id, lease_seconds=LEASE_SECONDS)
+                if mine is not None:
+                    self.jobs.publish(job_id, mine.lease_token or "", ARTIFACT)
+            self.messages.clear()
+        self.promises_hold()
+        assert all(job.status.finished for job in self.seen.values())
+
+    def tokens(self) -> set[str]:
+        return {token for held in self.held for _, token in held}
+
+
+WRITES: dict[str, Callable[[Jobs, str, str], Any]] = {
+    "beat": lambda jobs, id, token: jobs.heartbeat(id, token, lease_seconds=LEASE_SECONDS, progress_bytes=1),
+    "stage": lambda jobs, id, token: jobs.set_stage(id, token, "merging"),
+    "shard": lambda jobs, id, token: jobs.record_shard(
+        id, token, StoredFile(name="a", key=f"{id}/{token}/a", size=1, sha256="0" * 64), {}
+    ),
+    "publish": lambda jobs, id, token: jobs.publish(id, token, ARTIFACT),
+    "fail": lambda jobs, id, token: jobs.fail(id, token, MergeyardError("internal", "x"), retry=True),
+    "fail for good": lambda jobs, id, token: jobs.fail(id, token, MergeyardError("internal", "x"), retry=False),
+    "hand back": lambda jobs, id, token: jobs.hand_back(id, token),
+    "confirm": lambda jobs, id, token: jobs.confirm_cancelled(id, token),
+}
+
+
+def free(job: Job, now: datetime) -> bool:
+    """Whether a claim of the job must succeed."""
+    if job.status is Status.QUEUED:
+        return job.retry_at is None or job.retry_at <= now or job.retry_at > now + timedelta(seconds=301)
+    dead = job.lease_expires_at is not None and job.lease_expires_at < now
+    return job.status is Status.RUNNING and dead and job.attempt < job.max_attempts
+
+
+def moved_by(moment: datetime | None, seconds: int) -> datetime | None:
+    return None if moment is None else moment + timedelta(seconds=seconds)
 
 
 def test_whatever_happens_in_whatever_order_the_promises_hold(jobs: Jobs) -> None:
     run_state_machine_as_test(
-        lambda: OneJob(jobs),
+        lambda: Service(jobs),
         settings=settings(
-            max_examples=25,
+            max_examples=20,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),

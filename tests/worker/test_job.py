@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
@@ -89,6 +90,8 @@ def test_a_merge_is_published_and_leaves_only_its_files(yard: Yard, place: Workp
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk_full"),
         (MemoryError(), "out_of_memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out_of_memory"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "internal"),
         (ZeroDivisionError("secret inside"), "internal"),
     ],
 )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import secrets
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -172,6 +173,24 @@ def test_sigterm_hands_the_job_back_at_once_and_costs_no_attempt(empty_yard: Yar
     assert empty_yard.bell.waiting(back.queue) >= 1, "it rang for the next worker"
     kept = sorted(shard.file.key for shard in empty_yard.jobs.shards(job.id))
     assert kept and empty_yard.files(job) == kept, "finished shards stay for the next attempt, and nothing else"
+
+
+def test_a_database_that_restarts_in_the_middle_of_a_merge_costs_no_attempt(
+    tmp_path: Path, tiny_models: Path, broker_url: str, queue: str, postgres_url: str
+) -> None:
+    """Every connection ends and new ones are refused for a while, which is shorter than the lease."""
+    with servers.temporary_database(postgres_url) as url, ExitStack() as stack:
+        yard = stack.enter_context(
+            open_yard(tmp_path, tiny_models, broker_url, queue, database_url=url, lease_seconds=20.0)
+        )
+        stack.enter_context(worker(yard))
+        job = yard.submit(**SHARDED)
+        yard.until_shards(job, 2)
+        with servers.refusing(postgres_url, url):
+            time.sleep(1.5)
+        done = yard.finish(job)
+        assert_published(yard, done)
+        assert done.attempt == 1 and yard.kinds(job) == ["submitted", "claimed", "succeeded"]
 
 
 def test_an_idle_worker_stops_on_sigterm(empty_yard: Yard) -> None:
