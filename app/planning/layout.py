@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from app.errors import MergeyardError, Problem
+from app.planning import resolving
 from app.planning.matching import vocabulary_tensors
 from app.planning.modules import comes_before_layers, stacks_of
 from app.planning.parameters import Levels
@@ -193,10 +194,13 @@ class _Stack:
             return []
         first, last = self._part.spans[0], self._part.spans[-1]
         slots = [slot for slot in self._outside(first, stack, levels) if comes_before_layers(slot.name)]
-        depth = 0
+        depth, parts = 0, 0
         for span in self._part.spans:
             layers = _by_layer(span.base, stack)
             for index in range(span.count or 0):
+                parts += len(layers[span.first + index]) * (1 + len(span.uses))
+                if parts > resolving.MAX_PARTS:
+                    raise resolving.too_many_parts()
                 for name, spec in layers[span.first + index].items():
                     slots.append(self._layered(span, name, spec, index, depth + index, levels))
             depth += span.count or 0

@@ -17,7 +17,9 @@ from app.recipe.grammar import LayersEntry, Part, Slice
 from app.recipe.methods import METHODS, MethodSpec
 from app.sources.references import split_adapter
 from app.sources.resolver import Resolver
-from app.sources.source import ModelSource, SourceFile
+from app.sources.source import AdapterSource, ModelSource, SourceFile
+
+MAX_PARTS = 4_000_000  # tensors of the result times their sources; each takes about half a kilobyte while planning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,7 @@ class _Resolving:
         self._read: dict[str, ModelSource] = {}
         self._sources: list[ResolvedSource] = []
         self._numbers: dict[tuple[str, int], int] = {}
+        self._parts = 0
 
     def result(self) -> Resolved:
         base = self._base()
@@ -162,6 +165,17 @@ class _Resolving:
         if text not in self._read:
             self._read[text] = self._resolver.model(text)
         return self._read[text]
+
+    def _adapter(self, text: str) -> AdapterSource:
+        adapter = self._resolver.adapter(text)
+        self._count(len(adapter.modules) + len(adapter.saved))
+        return adapter
+
+    def _count(self, tensors: int) -> None:
+        """Before work that takes as long as there are tensors."""
+        self._parts += tensors
+        if self._parts > MAX_PARTS:
+            raise too_many_parts()
 
     def _modules(self, base: ModelSource) -> Modules:
         """The way of dividing the checkpoint that knows every module of the recipe."""
@@ -346,6 +360,7 @@ class _Resolving:
         if entry.model and self._is_model(entry, base):
             model_text, adapter_text = entry.model, None  # the base may have an adapter on it
         aligned = self._recipe.vocabulary is not None
+        self._count(len(base.tensors))
         model: ModelSource | None = None
         canonical: dict[str, str] = {}
         if model_text is not None:
@@ -357,7 +372,7 @@ class _Resolving:
         adapter: AdapterMatch | None = None
         if adapter_text is not None:
             tensors = model.tensors if model else base.tensors
-            adapter = match_adapter(self._resolver.adapter(adapter_text), base, on=tensors)
+            adapter = match_adapter(self._adapter(adapter_text), base, on=tensors)
             reference = adapter.source.reference
             # the resolved recipe names no base where one would mean another merge
             unnamed = self._spec.base != "required" and self._recipe.base_model is None
@@ -381,7 +396,7 @@ class _Resolving:
             adapter = None
             canonical = model.reference
             if adapter_text is not None:
-                adapter = match_adapter(self._resolver.adapter(adapter_text), model, on=model.tensors)
+                adapter = match_adapter(self._adapter(adapter_text), model, on=model.tensors)
                 canonical = f"{model.reference}+{adapter.source.reference}"
         except MergeyardError as error:
             raise MergeyardError.of(placed(error, f"{where}.{'adapter' if entry.adapter else 'model'}")) from None
@@ -410,6 +425,11 @@ def _canonical_order(source: ResolvedSource, entry: SourceEntry, spec: MethodSpe
 def _listed(source: ResolvedSource, entry: SourceEntry, spec: MethodSpec) -> Mapping[str, Any]:
     layers = {"layer_range": list(entry.layer_range)} if isinstance(entry, LayersEntry) else {}
     return {**source.canonical, **layers, "parameters": spec.used(entry.parameters)}
+
+
+def too_many_parts() -> MergeyardError:
+    message = f"The result would have more than {MAX_PARTS} tensors, counted once for each of their sources; name fewer"
+    return MergeyardError("recipe_invalid", message)
 
 
 def placed(error: MergeyardError, where: str) -> list[Problem]:
