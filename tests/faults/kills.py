@@ -33,6 +33,12 @@ class Campaign:
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)
     frozen: int = 0
     missed: int = 0  # armed stages that nobody came to
+    retried: int = 0
+
+    def tries(self) -> bool:
+        """Whether a stage that was missed is worth another try."""
+        self.retried += 1
+        return self.retried <= len(MATRIX)
 
 
 def break_by_kills(
@@ -50,11 +56,11 @@ def break_by_kills(
         load = Load(service.url, expected, random.Random(seed + 1))
         load.start()
         todo = deque(rng.sample(MATRIX, len(MATRIX)))
-        while sum(campaign.kills.values()) < kills and not load.wrong:
+        while (sum(campaign.kills.values()) < kills or (todo and kills >= len(MATRIX))) and not load.wrong:
             victims, stage = _next(todo, rng)
-            came = _kill(service, campaign, victims, stage, rng)
-            if not came and len(victims) == 1 and campaign.missed < len(MATRIX):
-                todo.append((victims[0], stage))  # nobody came there in time; perhaps later
+            struck = _kill(service, campaign, victims, stage, rng)
+            if not struck and (cell := (victims[0], stage)) in MATRIX and not campaign.kills[cell] and campaign.tries():
+                todo.append(cell)  # nobody came there in time, or its worker was just being started; perhaps later
         service.stops.disarm()
         load.drain(DRAIN_SECONDS)
         found = audit(service.settings, load.accepted, load.deleted)
@@ -71,7 +77,7 @@ def _next(todo: deque[tuple[str, str]], rng: random.Random) -> tuple[list[str], 
 
 
 def _kill(service: Service, campaign: Campaign, victims: list[str], stage: str, rng: random.Random) -> bool:
-    """Whether somebody came to the stage, and so was killed there and not just some time."""
+    """Whether somebody came to the stage, and all victims were alive and died there."""
     wanted, stop = stage, None if stage == ANY_TIME else _caught(service, stage)
     if stop is None:
         campaign.missed += stage != ANY_TIME
@@ -80,12 +86,14 @@ def _kill(service: Service, campaign: Campaign, victims: list[str], stage: str, 
     if stop is not None and rng.random() < FROZEN:
         _freeze(stop.pid)
         campaign.frozen += 1
+    struck = []
     for victim in sorted(victims, reverse=True):  # a worker before its child, which is found through it
-        campaign.kills[victim, stage] += _strike(service, victim, stop, rng)
+        struck.append(_strike(service, victim, stop, rng))
+        campaign.kills[victim, stage] += struck[-1]
     if stop is not None:
         # Who was not killed goes on at once or a little later: an orphan works on beside its job's next worker.
         threading.Timer(rng.choice((0.0, 0.3, LEASE_SECONDS + 1)), stop.release).start()
-    return stop is not None or wanted == ANY_TIME
+    return stage == wanted and all(struck)
 
 
 def _caught(service: Service, stage: str) -> Stop | None:
