@@ -4,11 +4,13 @@ that loses, repeats and reorders its messages: what is promised of a job always 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -175,7 +177,7 @@ class Service(RuleBasedStateMachine):
         assert endings == ([str(now.status)] if now.status.finished else []), "one ending, told once"
 
     def teardown(self) -> None:
-        """Nobody who worked so far is heard of again. One honest worker, the janitor and time end every job."""
+        """One honest worker, the janitor and time end every job, whatever those who held it before try to write."""
         if self.set_back:
             self.jump(self.set_back)
         for _ in range(8):
@@ -186,10 +188,18 @@ class Service(RuleBasedStateMachine):
             for job_id in set(self.messages):
                 mine = self.jobs.claim(job_id, lease_seconds=LEASE_SECONDS)
                 if mine is not None:
+                    self.try_every_old_token(mine)
                     self.jobs.publish(job_id, mine.lease_token or "", ARTIFACT)
             self.messages.clear()
         self.promises_hold()
         assert all(job.status.finished for job in self.seen.values())
+
+    def try_every_old_token(self, held: Job) -> None:
+        for job_id, token in itertools.chain.from_iterable(self.held):
+            for write in WRITES.values() if job_id == held.id else ():
+                with pytest.raises(LeaseLost):
+                    write(self.jobs, job_id, token)
+        assert self.jobs.get(held.id) == held
 
     def tokens(self) -> set[str]:
         return {token for held in self.held for _, token in held}
