@@ -25,6 +25,7 @@ from app.sources.uploads import UploadStore
 from tests.files import listing, lora_tensors, write_adapter, write_model
 from worker.engine.reader import open_unmoved
 
+SOUND = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 SECRET = '{"architectures": ["Secret"], "base_model_name_or_path": "secret"}'
 
 
@@ -279,11 +280,12 @@ def test_weights_that_are_one_vast_hole_are_refused(tmp_path: Path) -> None:
         b'{"a":[' + b"1," * 3_000_001 + b"1]}",
         b"{" + b'"":0,' * 3_000_001 + b'"":0}',
         b'{"a":"' + b"x" * (MAX_HEADER_BYTES - 8) + b'"}',
-        b'\xef\xbb\xbf{"a":1}',
-        '{"a":1}'.encode("utf-16"),
-        '{"a":1}'.encode("utf-32"),
-        b'{"\xff":1}',
-        b' {"a":1}',
+        b"\xef\xbb\xbf" + SOUND,
+        SOUND.decode().encode("utf-16"),
+        SOUND.decode().encode("utf-32"),
+        SOUND.replace(b"a", b"\xff", 1),
+        b" " + SOUND,
+        SOUND + b"x",
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":1}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[NaN,4]}}',
@@ -298,14 +300,14 @@ def test_weights_that_are_one_vast_hole_are_refused(tmp_path: Path) -> None:
         b'{"a":{"dtype":"F32","shape":[4611686018427387905],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[' + b"281474976710655," * 7 + b'281474976710655],"data_offsets":[0,0]}}',
         b'{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}',
-        b'{"a":{"dtype":"F32","shape":[0,281474976710655],"data_offsets":[0,0]}}',
-        b'{"a":{"dtype":"F32","shape":[0,99999999],"data_offsets":[0,0]}}',
+        b'{"a":{"dtype":"F32","shape":[0,281474976710655],"data_offsets":[0,0]},' + SOUND[1:].replace(b"a", b"b", 1),
+        b'{"a":{"dtype":"F32","shape":[0,99999999],"data_offsets":[0,0]},' + SOUND[1:].replace(b"a", b"b", 1),
         b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}',
-        b'{"__metadata__":[]}',
-        b'{"__metadata__":{"a":{}}}',
-        b'{"__metadata__":null}',
+        b'{"__metadata__":[],' + SOUND[1:],
+        b'{"__metadata__":{"a":{}},' + SOUND[1:],
+        b'{"__metadata__":null,' + SOUND[1:],
     ],
-    ids=range(32),
+    ids=range(33),
 )
 def test_a_hostile_header_is_refused(tmp_path: Path, text: bytes) -> None:
     path = write_raw(tmp_path / "x.safetensors", text, bytes(4))
