@@ -82,6 +82,24 @@ class TestABadUpload:
         problem(api.http.post("/uploads", files=parts_of(adapter)), 422, "source_format")
         assert left_behind(api) == []
 
+    @pytest.mark.parametrize(
+        ("name", "content", "code"),
+        [
+            ("adapter_config.json", b'{"r": 2, "rank_pattern": {"((a?){99999}){99999}": 2}}', "adapter_invalid"),
+            ("adapter_config.json", b'{"r": 2, "eva_config": ' + b"[" * 9000 + b"]" * 9000 + b"}", "source_format"),
+            ("adapter_config.json", b'{"r": 2, "lora_alpha": NaN}', "source_format"),
+            ("adapter_config.json", b'{"base_model_name_or_path": "\\ud800"}', "source_format"),
+            ("adapter_model.safetensors", b"\xff" * 64, "source_format"),
+            ("adapter_model.safetensors", b"\x08" + bytes(7) + b'{"a":NaN', "source_format"),
+        ],
+    )
+    def test_of_a_hostile_file_is_refused_and_leaves_nothing(
+        self, api: ServedApi, adapter: Path, name: str, content: bytes, code: str
+    ) -> None:
+        (adapter / name).write_bytes(content)
+        problem(api.http.post("/uploads", files=parts_of(adapter)), 422, code)
+        assert left_behind(api) == []
+
     def test_with_a_plain_form_field_is_refused(self, api: ServedApi, adapter: Path) -> None:
         response = api.http.post("/uploads", files=parts_of(adapter), data={"name": "mine"})
         assert "'name'" in problem(response, 422, "request_invalid")["detail"]
