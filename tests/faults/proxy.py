@@ -78,7 +78,8 @@ class Proxy:
             if fault != "none":
                 self._loop.call_later(self.rng.uniform(*self.lifetime), link.strike, fault)
         try:
-            await link.carry()
+            with contextlib.suppress(asyncio.CancelledError):  # the proxy ends; asyncio would tell of it at length
+                await link.carry()
         finally:
             self._open.discard(link)
 
