@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
-from app.artifacts.disk import reserve, sync_folder
+from app.artifacts.disk import Writeback, reserve, sync_folder
 
 _PART = re.compile(r"[\w.+@ -]+")  # one part of a key; "." and ".." are refused beside it
 _TRASH = ".trash"
@@ -149,6 +149,7 @@ class LocalWriter:
         self._root = root
         self._written = 0
         self._file = path.open("xb", buffering=0)
+        self._writeback = Writeback(self._file.fileno())
         try:
             reserve(self._file.fileno(), size)
         except OSError:
@@ -162,6 +163,7 @@ class LocalWriter:
             taken = self._file.write(rest)
             self._written += taken
             rest = rest[taken:]
+        self._writeback.reach(self._written)
 
     def close(self) -> None:
         """The bytes are durable, and so are the folders that name them, when this returns."""

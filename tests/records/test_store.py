@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from app.artifacts.store import LocalStore
+from app.artifacts.store import LocalStore, LocalWriter
+from worker.engine.sinks import LocalFile
 
 
 @pytest.fixture
@@ -44,6 +45,28 @@ def test_hashing_can_be_stopped_after_any_piece(store: LocalStore, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         store.sha256("job/t/a", check)
     assert list(checks) == [], "once a piece"
+
+
+@pytest.mark.parametrize("answer", [None, OSError(errno.EINVAL, "no")])
+def test_a_large_file_is_put_on_disk_while_it_is_written(
+    answer: OSError | None, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, int]] = []
+
+    def advise(_descriptor: int, start: int, length: int, _advice: int) -> None:
+        begun.append((start, length))
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr("app.artifacts.disk._WRITEBACK", 8)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    for writer in (store.create("job/t/a", 20), LocalFile(tmp_path / "a", name="a", size=20)):
+        begun.clear()
+        for piece in (b"12345", b"67890", b"abcde", b"fghij"):
+            writer.write(memoryview(piece))
+        assert begun == [(0, 10), (10, 10)], "every byte once, a few pieces at a time"
+        writer.close() if isinstance(writer, LocalWriter) else writer.finish()
+    assert store.path("job/t/a").read_bytes() == (tmp_path / "a").read_bytes() == b"1234567890abcdefghij"
 
 
 def test_less_than_announced_is_cut_to_what_came(store: LocalStore) -> None:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from app.artifacts.disk import reserve, sync_folder
+from app.artifacts.disk import Writeback, reserve, sync_folder
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.errors import MergeyardError
 
@@ -190,6 +190,7 @@ class LocalFile:
         self._digest = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._writeback = Writeback(self._descriptor)
         try:
             reserve(self._descriptor, size)
         except OSError:
@@ -200,6 +201,7 @@ class LocalFile:
         self._digest.update(data)
         for part in _written(self._descriptor, data):
             self._written += part
+        self._writeback.reach(self._written)
 
     def finish(self) -> StoredFile:
         if self._written != self._size:
