@@ -82,6 +82,7 @@ CODES: dict[str, Code] = {
     "key_revoked": Code(401, "user", "The key was revoked"),
     "scope_merge_required": Code(403, "user", "The key lacks the scope merge"),
     "scope_read_required": Code(403, "user", "The key lacks the scope read"),
+    "scope_metrics_required": Code(403, "user", "The key lacks the scope metrics"),
     "scope_admin_required": Code(403, "user", "The key lacks the scope admin"),
     "origin_refused": Code(403, "user", "A page of another site sent the request"),
     "csrf_token_wrong": Code(403, "user", "The session's CSRF token is missing or wrong"),

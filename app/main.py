@@ -11,12 +11,14 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.routing import Route
 
 import app
-from app.api import audit, docs, errors, files, health, merges, openapi, session, sources, uploads
+from app.api import audit, docs, errors, files, health, merges, metrics, openapi, session, sources, uploads
 from app.api.callers import Callers
 from app.api.failures import Failures
+from app.api.figures import Figures
 from app.api.gate import Gate
 from app.api.limits import RateLimits
-from app.api.middleware import BodyLimit, RequestIds
+from app.api.middleware import BodyLimit, Measured, RequestIds
+from app.api.readiness import Readiness
 from app.api.service import Service
 from app.artifacts.store import LocalStore
 from app.records.audit import Audit
@@ -82,7 +84,8 @@ def create_app(settings: Settings) -> FastAPI:
     api.add_middleware(BodyLimit, default=settings.max_body_bytes, limits={"/uploads": settings.max_upload_bytes})
     api.add_middleware(Gate)
     api.add_middleware(RequestIds)
-    routers = [resource.router for resource in (merges, files, uploads, sources, session, audit, health, docs)]
+    api.add_middleware(Measured)
+    routers = [resource.router for resource in (merges, files, uploads, sources, session, audit, health, metrics, docs)]
     for router in routers:
         api.include_router(router)
     openapi.install(api)
@@ -96,11 +99,13 @@ def open_service(settings: Settings) -> Service:
     jobs = Jobs(database, retry_seconds=settings.retry_seconds)
     store = LocalStore(settings.artifacts)
     keys, sessions, entries = Keys(database), Sessions(database), Audit(database)
+    bell = Bell(settings.broker)
+    readiness = Readiness(database, bell, settings.artifacts)
     return Service(
         settings=settings,
         database=database,
         jobs=jobs,
-        bell=Bell(settings.broker),
+        bell=bell,
         store=store,
         uploads=UploadStore(settings.uploads),
         uploaded=OwnedUploads(database),
@@ -110,4 +115,6 @@ def open_service(settings: Settings) -> Service:
         callers=Callers(keys, sessions),
         limits=RateLimits(settings),
         failures=Failures(entries),
+        readiness=readiness,
+        figures=Figures(database, readiness, {"store": settings.artifacts, "data": settings.root}),
     )

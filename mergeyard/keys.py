@@ -30,6 +30,7 @@ keys = typer.Typer(name="keys", help="Make, list and revoke the service's API ke
 class ScopeName(StrEnum):
     merge = "merge"
     read = "read"
+    metrics = "metrics"
     admin = "admin"
 
 
@@ -43,7 +44,8 @@ def create(
     scope: Annotated[
         list[ScopeName] | None,
         typer.Option(
-            help="merge submits, cancels, deletes; read looks and downloads; admin: all. [default: merge, read]"
+            help="merge submits, cancels, deletes; read looks and downloads; metrics: /metrics alone; admin: all. "
+            "[default: merge, read]"
         ),
     ] = None,
     expires_in: Annotated[str | None, typer.Option(metavar="TIME", help="90d, 12h, 30m. [default: never]")] = None,

@@ -23,6 +23,7 @@ from app.records.sessions import Sessions
 REQUIRED = {
     Scope.MERGE: "scope_merge_required",
     Scope.READ: "scope_read_required",
+    Scope.METRICS: "scope_metrics_required",
     Scope.ADMIN: "scope_admin_required",
 }
 
@@ -128,4 +129,5 @@ KEY = KeyScheme()
 Known = Annotated[Caller, Security(KEY)]
 Merging = Annotated[Caller, Security(KEY, scopes=[Scope.MERGE])]
 Reading = Annotated[Caller, Security(KEY, scopes=[Scope.READ])]
+Scraping = Annotated[Caller, Security(KEY, scopes=[Scope.METRICS])]
 Administering = Annotated[Caller, Security(KEY, scopes=[Scope.ADMIN])]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fastapi import APIRouter
 
 import app
@@ -24,17 +22,12 @@ def healthz() -> Health:
 @router.get("/readyz", response_model=Readiness, summary="Can it work?", responses={503: Problem})
 def readyz(serving: Serving) -> Readiness:
     """The database answers and is migrated, the queue answers, the store takes writes; 503 names what does not."""
-    checks: dict[str, Callable[[], None]] = {
-        "database": serving.database.check,
-        "queue": serving.bell.check,
-        "store": serving.check_store,
-    }
-    findings = []
-    for part, check in checks.items():
-        try:
-            check()
-        except MergeyardError as error:
-            findings.append(Finding(code=error.code, message=error.message, where=part))
+    found = serving.readiness.look()
+    findings = [
+        Finding(code=error.code, message=error.message, where=part)
+        for part, error in found.items()
+        if error is not None
+    ]
     if findings:
         raise MergeyardError.of(findings)
     return Readiness(status="ok", database="ok", queue="ok", store="ok")

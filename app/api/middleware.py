@@ -1,4 +1,4 @@
-"""What wraps every request: an id, a bound on its body, and the last catch before the server.
+"""What wraps every request: its figures, an id, a bound on its body, and the last catch before the server.
 
 Plain ASGI, not Starlette's BaseHTTPMiddleware, which would put a queue between a download and its socket.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import time
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +20,29 @@ from app.errors import MergeyardError
 REQUEST_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 
 log = logging.getLogger("mergeyard.api")
+
+
+class Measured:
+    """Counts every answer, and measures how long it took to begin: the rest of a download is the network's time."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+
+        async def send_measured(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Templates and not paths: whoever asks must not be able to make up new series.
+                route = getattr(scope.get("route"), "path_format", "none")
+                seconds = time.perf_counter() - began
+                scope["app"].state.service.figures.note(scope["method"], route, message["status"], seconds)
+            await send(message)
+
+        await self._app(scope, receive, send_measured)
 
 
 class RequestIds:

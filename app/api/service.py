@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +11,9 @@ from fastapi import Depends, Request
 
 from app.api.callers import Callers
 from app.api.failures import Failures
+from app.api.figures import Figures
 from app.api.limits import RateLimits
+from app.api.readiness import Readiness
 from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
 from app.errors import MergeyardError
@@ -52,6 +53,8 @@ class Service:
     callers: Callers
     limits: RateLimits
     failures: Failures
+    readiness: Readiness
+    figures: Figures
 
     def resolver(self, owner: str) -> Resolver:
         """Where the references of this owner's recipes lead."""
@@ -78,16 +81,6 @@ class Service:
             self.bell.ring(job.id, job.queue, job.priority)
         except MergeyardError as error:
             log.warning("%s waits for the janitor's ring: %s", job.id, error.message)
-
-    def check_store(self) -> None:
-        """Raise `not_ready` unless the artifact store can be written to."""
-        try:
-            self.settings.artifacts.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.settings.artifacts):  # nameless: no kill can leave it behind
-                pass
-        except OSError as error:
-            message = f"The artifact store cannot be written to: {error.strerror}."
-            raise MergeyardError("not_ready", message) from None
 
 
 def service(request: Request) -> Service:

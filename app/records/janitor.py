@@ -12,6 +12,7 @@ from app.errors import MergeyardError
 from app.records.bell import Bell
 from app.records.job import JanitorReport, Job
 from app.records.jobs import Jobs
+from app.records.tally import Tally
 from app.records.upkeep import BATCH, Upkeep
 from app.sources.uploads import UploadStore
 
@@ -21,8 +22,9 @@ log = logging.getLogger("mergeyard.janitor")
 class Janitor:
     """Every ``interval`` seconds: free what dead workers hold, ring for what waits, sweep what is left over.
 
-    Any number may run at once. ``store`` None leaves the merges' files alone, ``uploads`` None the uploads'. A job that
-    its worker keeps alive without moving it for ``stalled_after`` seconds is taken away, too.
+    Any number may run at once. Each also counts events for the metrics. ``store`` None leaves the merges' files alone,
+    ``uploads`` None the uploads'. A job that its worker keeps alive without moving it for ``stalled_after`` seconds is
+    taken away, too.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Janitor:
         stalled_after: float = 3600.0,
     ) -> None:
         self._upkeep = Upkeep(jobs.database, retry_seconds=jobs.retry_seconds)
+        self._tally = Tally(jobs.database)
         self._bell = bell
         self._interval = interval
         self._store = store
@@ -70,6 +73,7 @@ class Janitor:
             self._ring(report)
         finally:
             self._sweep()
+            self._tally.count()
         return report
 
     def _run(self) -> None:

@@ -112,7 +112,10 @@ class Jobs:
     def events(self, job_id: str, *, after: int = 0, limit: int = 200, by: Caller | None = None) -> Sequence[Event]:
         """The job's events numbered above ``after``, oldest first."""
         statement = (
-            select(events).where(events.c.job_id == job_id, events.c.id > after).order_by(events.c.id).limit(limit)
+            select(events.c.id, events.c.job_id, events.c.type, events.c.at, events.c.data)
+            .where(events.c.job_id == job_id, events.c.id > after)
+            .order_by(events.c.id)
+            .limit(limit)
         )
         with self.database.read() as connection:
             rows.get(connection, job_id, by=by)

@@ -21,10 +21,11 @@ OWNER = re.compile(r"[\w.@+-]{1,96}", re.ASCII)
 
 
 class Scope(StrEnum):
-    """What a key may do. ``admin`` holds the other two, for every owner's merges."""
+    """What a key may do. ``admin`` holds the others, for every owner's merges."""
 
     MERGE = "merge"  # submit, plan, upload, cancel, delete
     READ = "read"  # look at merges, events and sources, download
+    METRICS = "metrics"  # the figures of the whole service, and nothing else
     ADMIN = "admin"  # everything, every owner's, and the audit
 
 

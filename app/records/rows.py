@@ -78,7 +78,7 @@ def apply(connection: Connection, job: Job, change: Change) -> Job:
 def append(connection: Connection, job_id: str, now: datetime, *happenings: Happening) -> None:
     """Add events. The job's row is locked by whoever calls, so a job's events are numbered in their order."""
     for kind, data in happenings:
-        connection.execute(insert(events).values(job_id=job_id, type=kind, at=now, data=dict(data)))
+        connection.execute(insert(events).values(job_id=job_id, type=kind, at=now, data=dict(data), counted=False))
 
 
 def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> Job:

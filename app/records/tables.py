@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Table,
     text,
+    true,
 )
 from sqlalchemy.types import TypeDecorator
 
@@ -132,8 +133,20 @@ events = Table(
     Column("type", String(32), nullable=False),
     Column("at", UtcTime, nullable=False),
     Column("data", JSON, nullable=False),
+    Column("counted", Boolean, nullable=False, server_default=true()),  # it is in ``totals``, or older than they are
     Index(None, "job_id", "id"),
+    Index("ix_events_uncounted", "id", sqlite_where=text("counted = 0"), postgresql_where=text("NOT counted")),
     sqlite_autoincrement=True,  # an event's number is never given twice, so `Last-Event-ID` stays true
+)
+
+# What happened to all jobs, as numbers that only grow; ``tally.py`` says what each name means.
+totals = Table(
+    "totals",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("label", String(96), primary_key=True),
+    Column("bound", String(16), primary_key=True),  # of a histogram: the bucket's, or "sum"; else empty
+    Column("value", BigInteger, nullable=False),
 )
 
 idempotency = Table(

@@ -76,6 +76,7 @@ def guarded(fresh_api: ServedApi) -> Iterator[GuardedApi]:
         "merger": make("alice", Scope.MERGE),
         "alice": make("alice", Scope.READ, Scope.MERGE),
         "bob": make("bob", Scope.READ, Scope.MERGE),
+        "scraper": make("prometheus", Scope.METRICS),
         "admin": make("root", Scope.ADMIN),
     }
     database.close()

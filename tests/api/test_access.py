@@ -21,6 +21,7 @@ ROUTES = {(method, path) for path, operations in DOCUMENT["paths"].items() for m
 
 # What each caller's request to alice's merge is answered with. A new route needs a line here.
 CALLERS = ("nobody", "wrong", "expired", "revoked", "reader", "merger", "alice", "bob", "admin")
+NEEDS = {"/audit": "admin", "/metrics": "metrics"}  # elsewhere merge or read
 EXPECTED = {
     ("post", "/merges"): (401, 401, 401, 401, 403, 202, 202, 202, 202),
     ("post", "/merges/plan"): (401, 401, 401, 401, 403, 200, 200, 200, 200),
@@ -37,6 +38,7 @@ EXPECTED = {
     ("post", "/uploads"): (401, 401, 401, 401, 403, 201, 200, 201, 201),
     ("get", "/sources"): (401, 401, 401, 401, 200, 403, 200, 200, 200),
     ("get", "/audit"): (401, 401, 401, 401, 403, 403, 403, 403, 200),
+    ("get", "/metrics"): (401, 401, 401, 401, 403, 403, 403, 403, 200),
     ("post", "/session"): (401, 401, 401, 401, 201, 201, 201, 201, 201),
     ("get", "/session"): (401, 401, 401, 401, 200, 200, 200, 200, 200),
     ("delete", "/session"): (401, 401, 401, 401, 204, 204, 204, 204, 204),
@@ -63,12 +65,19 @@ def test_a_route_lets_in_whom_it_should(guarded: GuardedApi, method: str, path: 
             assert answer.headers["www-authenticate"].startswith('Bearer realm="mergeyard"')
             assert invalid == (caller != "nobody")
         elif answer.status_code == 403:
-            scope = "admin" if path == "/audit" else "merge" if caller == "reader" else "read"
+            scope = NEEDS.get(path, "merge" if caller == "reader" else "read")
             problem(answer, 403, f"scope_{scope}_required")
             assert f'error="insufficient_scope", scope="{scope}"' in answer.headers["www-authenticate"]
         elif answer.status_code == 404:
             absent = guarded.send(caller, method, filled(path, "mrg-nowhere"))
             assert comparable(answer) == comparable(absent)
+
+
+def test_a_scrapers_key_opens_the_figures_and_nothing_else(guarded: GuardedApi, tmp_path: Path) -> None:
+    everybodys = {route for route, statuses in EXPECTED.items() if set(statuses) == {200} or route[1] == "/session"}
+    for method, path in sorted(ROUTES - everybodys):
+        answer = send(guarded, "scraper", method, path, tmp_path)
+        assert answer.status_code == (200 if path == "/metrics" else 403), path
 
 
 def send(guarded: GuardedApi, caller: str, method: str, path: str, folder: Path) -> Any:

@@ -90,6 +90,7 @@ def test_every_path_of_the_issue_is_there() -> None:
         "/sources": ["get"],
         "/session": ["delete", "get", "post"],
         "/audit": ["get"],
+        "/metrics": ["get"],
         "/healthz": ["get"],
         "/readyz": ["get"],
     }
@@ -144,7 +145,7 @@ def test_the_commands_on_the_page_run(api: ServedApi) -> None:
     merge = api.published({"config.json": b"{}"})
     page = unescape(api.http.get("/docs").text)
     commands = re.findall(r"<pre>(curl .*?)</pre>", page, re.DOTALL)
-    assert len(commands) == 24
+    assert len(commands) == 25
     for command in commands:
         if "-F" in command or "-X" in command:  # files that are not here, and what ends the merge
             continue
