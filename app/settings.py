@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     rate_failures: int = Field(30, ge=0, description="Wrong keys a minute from one address; 0: no limit")
     session_hours: float = Field(12.0, gt=0, le=24 * 30, description="How long a page stays signed in")
     queue: str = Field("default", description="The queue this worker serves")
+    log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")
 
     @field_validator("artifact_store")
     @classmethod

@@ -7,6 +7,7 @@ import socket
 
 import uvicorn
 
+from app import logs
 from app.api.origins import is_loopback
 from app.main import create_app
 from app.records.database import Database
@@ -27,8 +28,7 @@ def serve(settings: Settings, descriptor: int | None = None) -> None:
         StartError: where others than this machine could reach it and there are no keys.
         MergeyardError: `not_ready` where the database needs `mergeyard migrate`, `database_unavailable`.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("mergeyard").setLevel(logging.INFO)
+    logs.set_up(settings.log_format)
     database = Database(settings.database)
     database.check()
     sockets = None if descriptor is None else [socket.socket(fileno=descriptor)]
@@ -43,6 +43,7 @@ def serve(settings: Settings, descriptor: int | None = None) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
         server_header=False,
+        log_config=None,  # its lines go where ours go
     )
     uvicorn.Server(config).run(sockets=sockets)
 

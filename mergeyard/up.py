@@ -94,6 +94,8 @@ def _parts(settings: Settings, listener: socket.socket, broker: Path | None) -> 
     logs = settings.root / "logs"
     logs.mkdir(exist_ok=True)
     environment = {**os.environ, "MERGEYARD_DATA_DIR": str(settings.root)}
+    if settings.log_format == "auto":
+        environment["MERGEYARD_LOG_FORMAT"] = "text"  # these files are for the people at this terminal
     parts = []
     if broker is not None:
         environment["MERGEYARD_BROKER_URL"] = f"redis+socket://{broker}"

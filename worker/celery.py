@@ -20,6 +20,7 @@ from celery.exceptions import SecurityWarning
 from celery.signals import worker_ready, worker_shutting_down
 from celery.worker import state
 
+from app import logs
 from app.records.bell import CELERY, Bell, queue_names
 from app.records.database import Database
 from app.records.upkeep import Upkeep
@@ -44,6 +45,7 @@ def run_worker(settings: Settings, *, tasks: str = "worker.tasks") -> None:
 
         load(settings.device)
     _check_reachable(settings)
+    logs.set_up(settings.log_format)
     warnings.simplefilter("ignore", SecurityWarning)  # root in a container: it warns of pickles, which we refuse
     app = make_celery(settings, tasks=tasks)
     worker_shutting_down.connect(_ask_children_to_stop)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from app import logs
 from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
 from app.errors import NO_SPACE, MergeyardError
@@ -80,10 +81,10 @@ def work(place: Workplace, job_id: str, stop: StopRequest) -> Ending:
     The one exception is a database that stays away: then the lease runs out, and the janitor decides.
     """
     job = place.jobs.claim(job_id, lease_seconds=place.settings.lease_seconds, worker=place.worker)
-    line = logging.LoggerAdapter(log, {"merge": job_id})
     if job is None:
-        line.info("nothing to do: taken, finished or cancelled")
+        log.info("nothing to do: taken, finished or cancelled", extra={"merge": job_id})
         return Ending.NOT_OURS
+    line = logs.of_job(log, job)
     line.info("claimed, attempt %d of %d", job.attempt, job.max_attempts)
     with Lease(place.jobs, job, seconds=place.settings.lease_seconds, stop=stop) as lease:
         ending = _attempt(place, job, lease, line)

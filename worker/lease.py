@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
+from app import logs
 from app.errors import MergeyardError
 from app.records.job import CancelRequested, Job, LeaseLost
 from app.records.jobs import Jobs
@@ -54,7 +55,7 @@ class Lease:
         assert job.lease_token is not None
         self.job_id, self.token = job.id, job.lease_token
         self._jobs, self._seconds, self._stop, self._abandon = jobs, seconds, stop, abandon
-        self._log = logging.LoggerAdapter(log, {"merge": job.id})
+        self._log = logs.of_job(log, job)
         self._lost = self._cancel = False
         self._progress: tuple[int, int] | None = None
         self._written: tuple[int, int] | None = None

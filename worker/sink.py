@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from app import logs
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.artifacts.store import ArtifactStore, StoreWriter
 from app.records.job import Job
@@ -29,7 +30,7 @@ class StoreSink:
         self._job_id, self._token = job.id, job.lease_token
         self._recorded = {shard.file.name: shard for shard in jobs.shards(job.id)}
         self._statistics: dict[str, Mapping[str, TensorStatistics]] = {}
-        self._log = logging.LoggerAdapter(log, {"merge": job.id})
+        self._log = logs.of_job(log, job)
 
     def adopt(self, filename: str, check: Callable[[], None]) -> StoredFile | None:
         """The recorded file, if its bytes are still those that were recorded: they are all read again."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Task, current_app, shared_task
 from celery.signals import setup_logging, worker_process_init
 
+from app import logs
 from app.records.bell import TASK
 from app.settings import Settings
 from worker.lease import StopRequest
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from worker.job import Workplace
 
 log = logging.getLogger("mergeyard.tasks")
-
-LINE = "%(asctime)s %(levelname)s %(process)d %(name)s merge=%(merge)s %(message)s"
 
 
 # Celery is untyped: hence the ignores at its base class and decorators.
@@ -66,6 +65,7 @@ def leave() -> None:
 
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _warm(**_: Any) -> None:
+    logs.set_up(Settings.model_validate_json(current_app.conf.mergeyard_settings).log_format)
     try:
         _ = current_app.tasks[TASK].place
     except Exception:
@@ -75,12 +75,8 @@ def _warm(**_: Any) -> None:
 
 
 @setup_logging.connect  # type: ignore[untyped-decorator]
-def set_up_logging(**_: Any) -> None:
-    """Lines on stderr that name the merge. Celery leaves logging alone where this signal is answered."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(LINE, defaults={"merge": "-"}))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("mergeyard").setLevel(logging.INFO)
+def leave_logging_alone(**_: Any) -> None:
+    """What Celery does where this signal is answered: ``run_worker`` and ``_warm`` have set it up."""
     # A child that made room (``leave``) is no accident; one that was killed has another exit code, and is told of.
     logging.getLogger("celery.worker.request").addFilter(lambda record: "exitcode 0" not in record.getMessage())
 

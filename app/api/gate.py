@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import logs
 from app.api.callers import Presented, presented
 from app.api.errors import problem_response
 from app.api.limits import NO_LIMIT, Quota
@@ -43,6 +44,7 @@ class Gate:
 
         if isinstance(answer, Caller):
             scope["state"]["caller"] = answer
+            logs.about(owner=answer.owner)
             await self._app(scope, receive, send_with_quota)
             return
         response = problem_response(

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import logs
 from app.api.errors import as_mergeyard_error, problem_response
 from app.errors import MergeyardError
 
@@ -58,6 +59,7 @@ class RequestIds:
         wanted = Headers(scope=scope).get("x-request-id", "")
         request_id = wanted if REQUEST_ID.fullmatch(wanted) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
+        logs.about(request=request_id)
         started = False
 
         async def send_with_id(message: Message) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -132,12 +132,12 @@ def open_yard(
 
 
 @contextmanager
-def worker(yard: Yard) -> Iterator[psutil.Popen]:
+def worker(yard: Yard, *, stderr: IO[str] | int = subprocess.DEVNULL) -> Iterator[psutil.Popen]:
     """A worker process; whatever is left of it and of its pool is killed at the end."""
     process = psutil.Popen(
         [sys.executable, "-m", "tests.worker.slow_worker", yard.settings.model_dump_json()],
         cwd=REPOSITORY,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
     )
     try:
         yield process
