@@ -43,6 +43,7 @@ def as_earlier(plan: Plan, document: Recipe, reference: str) -> tuple[Plan, Mode
         config=config,
         files=tuple(dict.fromkeys(spec.file for spec in tensors.values())),
         companions=(*plan.companions, *_small_files(plan)),
+        digest=plan.digest,
         lasting={tensor.name: tensor.dtype for tensor in plan.tensors if tensor.dtype != tensors[tensor.name].dtype},
     )
     return made, model

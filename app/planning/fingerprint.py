@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import app
@@ -15,7 +15,7 @@ from app.recipe.methods import METHODS, MethodSpec
 from app.sources.source import SourceFile
 from app.sources.tokenizers import TOKENIZER_JSON
 
-ENGINE_VERSION = "4"  # grows whenever the same recipe would give other bytes
+ENGINE_VERSION = "5"  # grows whenever the same recipe would give other bytes
 
 
 def canonical_recipe(recipe: Recipe, found: Resolved) -> dict[str, Any]:
@@ -71,8 +71,11 @@ def plan_digest(
     sources: Sequence[PlannedSource],
     companions: Sequence[SourceFile],
     documents: Mapping[str, Document],
+    earlier: Iterable[str],
 ) -> str:
     """sha256 of canonical JSON: the recipe but its name, what pins each file, and what would change the bytes.
+
+    ``earlier``: the digests of the plans that make the models which are read and not there yet.
 
     A tokenizer.json, which may have 30 MB, is left out: it follows from the recipe and from pinned files.
     """
@@ -89,6 +92,7 @@ def plan_digest(
         "version": app.__version__,
         "recipe": {key: item for key, item in resolved.items() if key != "name"},
         "sources": pins,
+        "earlier": sorted(earlier),
         "companions": [[file.name, file.header_sha256] for file in companions],
         "documents": {name: document for name, document in documents.items() if name != TOKENIZER_JSON},
     }

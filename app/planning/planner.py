@@ -164,9 +164,21 @@ def _plan_document(recipe: Recipe, resolver: Resolver) -> Plan:
             *(vocabulary.warnings if vocabulary else differing(resolved)),
             *warnings,
         ),
-        digest=plan_digest(resolved_recipe, [base_planned, *planned, *tokenizers], companions, documents),
+        digest=plan_digest(
+            resolved_recipe,
+            [base_planned, *planned, *tokenizers],
+            companions,
+            documents,
+            _made_before(recipe, resolver.documents),
+        ),
         adapter=adapter,
     )
+
+
+def _made_before(recipe: Recipe, models: Mapping[str, ModelSource]) -> set[str]:
+    """The digests of the plans that make what the recipe reads."""
+    read = map(models.get, recipe.references())
+    return {model.digest for model in read if model is not None and model.digest is not None}
 
 
 def _placed(warnings: Sequence[Problem], document: Recipe) -> tuple[Problem, ...]:

@@ -137,6 +137,7 @@ class ModelSource:
     """A full model: every tensor by name, ``config.json``, and the files that travel with it untouched.
 
     ``lasting``: the types that tensors are to have in the end, where they are stored in a wider one until then.
+    ``digest``: of the plan that will make the model, where it is not there yet.
     """
 
     reference: str
@@ -145,6 +146,7 @@ class ModelSource:
     files: tuple[SourceFile, ...]  # the weight shards, in the index's order
     companions: tuple[SourceFile, ...]  # config, generation config, tokenizer, chat template
     lasting: Mapping[str, str] = field(default_factory=dict)
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,20 @@ def test_slices_and_grown_depths_pass_from_document_to_document(root: Path) -> N
     assert tensors_of(root / "out").keys() == tensors_of(expected).keys()
     assert bytes_of(root / "out")["model.safetensors"] == bytes_of(expected)["model.safetensors"]
     assert bytes_of(root / "out")["config.json"] == bytes_of(expected)["config.json"]
+
+
+@pytest.mark.parametrize("names", [("tall", "other"), ("tall+sql", "other"), ("base", "tall+sql")])
+def test_the_manifest_names_every_file_once_that_a_document_left_alone(names: tuple[str, str], root: Path) -> None:
+    slices = [{"sources": [{"model": name, "layer_range": [0, 1]}]} for name in ("base", "tuned")]
+    tall = {"name": "tall", "merge_method": "passthrough", "slices": slices}
+    result = {"base_model": names[0], "merge_method": "task_arithmetic", "models": [{"model": names[1]}]}
+    manifest = merge(plan_of(root, documents(tall, result)), root / "out").as_json()
+    left_alone = {record["reference"]: record["files"] for record in manifest["earlier"][0]["sources"]}
+    for name in ("base", "tuned"):
+        content = (root / name / "model.safetensors").read_bytes()
+        assert left_alone[f"models:{name}"] == {"model.safetensors": hashlib.sha256(content).hexdigest()}
+    made = [record["files"] for record in manifest["sources"] if record["reference"].startswith("tall")]
+    assert made and all("model.safetensors" not in files for files in made)
 
 
 def test_the_manifest_tells_of_every_document_and_of_real_files_alone_beside_them(root: Path) -> None:

@@ -84,6 +84,18 @@ def test_the_digest_is_of_all_documents(root: Path) -> None:
     assert plan_of(root, LEFT, RIGHT, RESULT).digest != plan.digest
 
 
+@pytest.mark.parametrize("result", [{"base_model": "tall"}, {"base_model": "tall+sql"}, {"base_model": "taller"}])
+def test_the_digest_is_of_documents_that_change_no_value(result: dict[str, Any], root: Path) -> None:
+    def digest(*layers: int) -> str:
+        slices = [{"sources": [{"model": "tuned", "layer_range": [layer, layer + 1]}]} for layer in layers]
+        tall = {"name": "tall", "merge_method": "passthrough", "slices": slices}
+        taller = {**tall, "name": "taller", "slices": [{"sources": [{"model": "tall", "layer_range": [0, 2]}]}]}
+        merge = {"merge_method": "task_arithmetic", "models": [{"model": "base"}], **result}
+        return plan_of(root, tall, *([taller] if result["base_model"] == "taller" else []), merge).digest
+
+    assert len({digest(0, 1), digest(1, 0), digest(0, 0)}) == 3
+
+
 def test_a_document_wins_over_a_model_of_its_name(root: Path) -> None:
     write_model(root / "left", llama_tensors(seed=9))
     plan = plan_of(root, LEFT, {**RESULT, "models": [{"model": "left"}, {"model": "models:left"}]})

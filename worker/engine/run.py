@@ -20,6 +20,7 @@ from app.errors import NO_SPACE, MergeyardError
 from app.planning.adapter_output import CONFIG_NAME
 from app.planning.earlier import file_of
 from app.planning.plan import Plan, PlannedSource, document_bytes
+from app.sources.references import model_of
 from app.sources.safetensors import read_header
 from app.sources.source import SourceFile
 from worker.engine.adapter_output import adapter_config
@@ -80,8 +81,11 @@ def run_merge(
         sha256 = hashing.result(control.check)
         reader.verify()
         control.stage("publishing")
-        sources = _source_records(plan, sha256)
-        earlier = tuple(_earlier_record(*pair, sha256) for pair in zip(plan.earlier, found, strict=False))
+        sources = _source_records(plan, plan.earlier, sha256)
+        earlier = tuple(
+            _earlier_record(document, plan.earlier, own, sha256)
+            for document, own in zip(plan.earlier, found, strict=False)
+        )
         small = _write_small_files(plan, sink, sources, earlier, found[-1])
     return MergeOutput(files=(*shards, *small), sources=sources, statistics=found[-1], earlier=earlier)
 
@@ -219,29 +223,45 @@ def _settle(plan: Plan, shards: Sequence[StoredFile], folder: Path, reader: Read
 
 def _source_files(plan: Plan) -> Iterator[SourceFile]:
     """Every file that is read and there already: all but what earlier documents make."""
-    made = {file_of(document, shard) for document in plan.earlier for shard in document.shards}
+    made = _made(plan.earlier)
     for document in (*plan.earlier, plan):
-        for source in (document.base, *document.sources, *document.tokenizers):
+        for source in _sources(document):
             yield from (file for file in source.files if file not in made)
 
 
-def _source_records(plan: Plan, digests: Mapping[SourceFile, str]) -> tuple[SourceRecord, ...]:
-    """The base first, then the sources in the recipe's order, then what only lent its vocabulary."""
+def _made(earlier: Sequence[Plan]) -> frozenset[SourceFile]:
+    return frozenset(file_of(document, shard) for document in earlier for shard in document.shards)
+
+
+def _source_records(plan: Plan, earlier: Sequence[Plan], digests: Mapping[SourceFile, str]) -> tuple[SourceRecord, ...]:
+    """The base first, then the sources in the recipe's order, then what only lent its vocabulary.
+
+    Files that an earlier document left as they are stand with its own sources alone: of several models, they may have
+    one name.
+    """
+    names = {document.reference for document in earlier}
+    read = {file for document in earlier for source in _sources(document) for file in source.files}
+    told = read - _made(earlier)
 
     def record(source: PlannedSource) -> SourceRecord:
-        files = {file.name: digests[file] for file in source.files}
+        left_alone = told if names & {source.reference, model_of(source.reference)} else frozenset()
+        files = {file.name: digests[file] for file in source.files if file not in left_alone}
         return SourceRecord(reference=source.reference, role=source.role, files=files)
 
-    return tuple(record(source) for source in (plan.base, *plan.sources, *plan.tokenizers))
+    return tuple(map(record, _sources(plan)))
+
+
+def _sources(plan: Plan) -> tuple[PlannedSource, ...]:
+    return (plan.base, *plan.sources, *plan.tokenizers)
 
 
 def _earlier_record(
-    plan: Plan, statistics: Mapping[str, TensorStatistics], digests: Mapping[SourceFile, str]
+    plan: Plan, earlier: Sequence[Plan], statistics: Mapping[str, TensorStatistics], digests: Mapping[SourceFile, str]
 ) -> EarlierRecord:
     return EarlierRecord(
         name=str(plan.reference),
         fingerprint=plan.digest,
-        sources=_source_records(plan, digests),
+        sources=_source_records(plan, earlier, digests),
         statistics=statistics,
     )
 
