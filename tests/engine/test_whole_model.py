@@ -154,3 +154,16 @@ def test_progress_counts_every_pass_and_ends_at_its_total(rescale: bool, coarse:
     # one pass that collects and three where that misses, the L1 norms, the majority sign, the merge itself
     assert done[-1] == output * (7 if rescale else 6)
     assert watch.stages == ["merging", "publishing"]
+
+
+@pytest.mark.parametrize("dialect", ["paper", "article"])
+def test_a_tensor_without_values_has_no_part_in_it(dialect: str, tmp_path: Path) -> None:
+    """Of a scope that is large enough to be sampled."""
+    shapes = {"a": (300, 300), "b": (0, 8), "c": (8, 0)}
+    for seed, name in enumerate(("base", "x0", "x1", "x2")):
+        generator = torch.Generator().manual_seed(seed)
+        write_model(tmp_path / name, {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()})
+    merge(plan_of(tmp_path, recipe(0.5, dialect)), tmp_path / "out")
+    merged = tensors_of(tmp_path / "out")
+    assert {name: tuple(values.shape) for name, values in merged.items()} == shapes
+    assert not torch.equal(merged["a"], tensors_of(tmp_path / "base")["a"])

@@ -22,7 +22,10 @@ class Voting:
         self._plan, self.method, self._resources = plan, method, resources
         self._passes = Passes(method=method, resources=resources, sources=len(plan.sources))
         # what spans the whole model goes in the order of names, which decides between equal magnitudes
-        touched = sorted((tensor for tensor in plan.tensors if tensor.contributions), key=lambda tensor: tensor.name)
+        touched = sorted(
+            (tensor for tensor in plan.tensors if tensor.contributions and 0 not in tensor.shape),
+            key=lambda tensor: tensor.name,
+        )
         self._spanning = [tensor for tensor in touched if method.needs(tensor).trim == "model"]
         self._voting = [tensor for tensor in touched if method.needs(tensor).majority]
         rescaling = any(method.needs(tensor).rescale for tensor in self._spanning)
