@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
 
 from app.planning.plan import TensorPlan
 from tests.engine.one_tensor import plan_of
+from worker.engine import opening
 from worker.engine.blocks import Block
 from worker.engine.deltas import Scratch
 from worker.engine.kernels.signature import BlockStatistics
@@ -57,6 +60,24 @@ def test_an_error_is_raised_where_its_tensor_would_be() -> None:
     assert [next(ahead)[0], next(ahead)[0]] == TENSORS[:2]
     with pytest.raises(TimeoutError, match="of its own"):
         next(ahead)
+
+
+def test_a_tensor_that_is_ready_just_after_the_wait_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(Future[BlockWork]):
+        """Done between the end of a wait and the look at why it ended."""
+
+        def result(self, timeout: float | None = None) -> BlockWork:
+            if self.done():
+                return super().result(timeout)
+            self.set_result(work)
+            raise TimeoutError
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *_work: Any) -> Any:  # type: ignore[override]
+            return Late()
+
+    monkeypatch.setattr(opening, "ThreadPoolExecutor", Pool)
+    assert [tensor for tensor, _ in opened_ahead(TENSORS, lambda *_: work, nothing)] == TENSORS
 
 
 def test_closing_ends_the_pass_that_is_under_way() -> None:

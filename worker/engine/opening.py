@@ -55,6 +55,6 @@ def _awaited(coming: Future[BlockWork], check: Callable[[], None]) -> BlockWork:
         try:
             return coming.result(_SLICE_SECONDS)
         except TimeoutError:
-            if coming.done():
-                raise
+            if coming.done():  # since then, or with a TimeoutError of its own
+                return coming.result()
             check()
