@@ -20,9 +20,9 @@ class Control(Protocol):
     def progress(self, bytes_done: int, bytes_total: int) -> None:
         """After every block, so it should be cheap.
 
-        ``bytes_total`` is the bytes of the output's tensors, and once more the bytes of those that a pass over the
-        whole model reads, of all documents of the recipe; it never changes during a merge, and ``bytes_done`` never
-        falls.
+        ``bytes_total`` is the bytes of the output's tensors, and for every pass over the whole model that may be
+        needed those that it reads once more, of all documents of the recipe; it never changes during a merge, and
+        ``bytes_done`` never falls.
         """
         ...
 

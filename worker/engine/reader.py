@@ -218,7 +218,7 @@ def stat_of(file: SourceFile) -> os.stat_result:
     """The file's status by its path. Raises ``source_changed`` where nothing is there any more."""
     try:
         return file.path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise moved(file) from None
 
 

@@ -13,6 +13,7 @@ from worker.engine.kernels import cpu_loops as loops
 from worker.engine.kernels.cpu_loops import Floats, Halves, Longs, Words
 from worker.engine.kernels.signature import (
     KEEP_NONE,
+    SMALLEST_DIVISOR,
     BlockStatistics,
     Delta,
     Difference,
@@ -113,6 +114,7 @@ class CpuKernels:
             shares,
             np.float32(rule.base),
             np.float32(rule.scale),
+            np.float32(SMALLEST_DIVISOR),
             np.float32(OVERFLOW[out.dtype]),
             *_arrays(result),
             kept,

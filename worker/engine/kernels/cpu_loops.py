@@ -9,7 +9,8 @@ for bit. Three loops are written in vector instructions: products keep their sum
 magnitudes are gathered by the compress instruction, and squares are summed in float64.
 
 Floats are reinterpreted as integers through array views, and bfloat16, which NumPy does not know, goes through uint16.
-All that is compiled stands in this one file: Numba keeps compiled code until the file of its own function changes.
+All that is compiled stands in this one file, its constants too: Numba keeps compiled code until the file of its own
+function changes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from llvmlite import ir
 from numba import carray, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
-
-from worker.engine.kernels.signature import SMALLEST_DIVISOR
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,7 +41,6 @@ ROWS, HALVES = 4, 2  # of a product's register block: rows, and vectors in each
 MAGNITUDE = np.int32(0x7FFF_FFFF)
 ZERO = np.float32(0)
 ONE = np.float32(1)
-SMALLEST = np.float32(SMALLEST_DIVISOR)
 
 NONE, MASS, COUNT, UNANIMOUS, QUORUM = range(5)  # elections
 # An operand is one row of ``operands``: what kind of δ it is, two addresses, the steps between their rows in values
@@ -396,6 +394,7 @@ def merge(
     shares: Floats,
     base_factor: np.float32,
     scale: np.float32,
+    smallest: np.float32,
     overflow: np.float32,
     out: Floats,
     out_halves: Halves,
@@ -437,7 +436,7 @@ def merge(
             _sum(deltas, s, min(4, count - s), size, limits, rescales, before, after, divisor, shares, election, work)
         for i in range(height):
             _widen(base, base_halves, (row + i) * columns + column, i * width, width, work)
-        found = _finish(base_factor, scale, overflow, size, work)
+        found = _finish(base_factor, scale, smallest, overflow, size, work)
         active += found[0]
         conflicts += found[1]
         overflows += found[2]
@@ -855,7 +854,7 @@ def _sum(
 
 @compiled
 def _finish(
-    base_factor: np.float32, scale: np.float32, overflow: np.float32, size: int, work: Floats
+    base_factor: np.float32, scale: np.float32, smallest: np.float32, overflow: np.float32, size: int, work: Floats
 ) -> tuple[int, int, int]:
     """Divide, scale, add the base. How many parameters are active, how many in conflict, and how many results are
     not finite after the cast."""
@@ -863,7 +862,7 @@ def _finish(
     active = conflicts = overflows = np.int32(0)
     for j in range(np.uint64(size)):
         divisor = work[j + DIVISORS_AT]
-        divisor = ONE if abs(divisor) < SMALLEST else divisor
+        divisor = ONE if abs(divisor) < smallest else divisor
         origin = work[j + ORIGIN_AT]
         value = base_factor * origin + scale * (work[j + TOTAL_AT] / divisor)
         work[j + RESULT_AT] = value
