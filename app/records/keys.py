@@ -65,6 +65,7 @@ class Keys:
     def replace(self, key_id: str, *, grace: timedelta, by: Caller, expires_in: timedelta | None = None) -> NewKey:
         """A new key with the owner, scopes and note of an active one, which goes on working for ``grace``.
 
+        Without ``expires_in`` it has as long to live as the old one had when it was made.
         ``conflict`` where the key is revoked or has expired: what no longer works cannot be handed over.
         """
         with self.database.write() as connection:
@@ -72,6 +73,9 @@ class Keys:
             old = _get(connection, key_id)
             if (state := old.state(now)) != "active":
                 raise MergeyardError("conflict", f"The key {key_id} is {state}; create a new one without replacing it.")
+            lifetime = expires_in
+            if lifetime is None and old.expires_at is not None:
+                lifetime = old.expires_at - old.created_at
             made = _insert(
                 connection,
                 now,
@@ -79,7 +83,7 @@ class Keys:
                 scopes=old.scopes,
                 note=old.note,
                 replaces=key_id,
-                expires_at=None if expires_in is None else now + expires_in,
+                expires_at=None if lifetime is None else now + lifetime,
             )
             ends = now + grace
             if old.expires_at is None or old.expires_at > ends:

@@ -108,6 +108,14 @@ class TestReplacing:
         keys.replace(old.key.id, grace=timedelta(days=1), by=OPERATOR)
         assert keys.authenticate(old.text).expires_at == old.key.expires_at
 
+    @pytest.mark.parametrize("lifetime", [None, timedelta(days=90)])
+    def test_the_new_key_lives_as_long_as_the_old_one_would(self, lifetime: timedelta | None, keys: Keys) -> None:
+        old = make(keys, expires_in=lifetime).key
+        new = keys.replace(old.id, grace=timedelta(0), by=OPERATOR).key
+        asked = keys.replace(new.id, grace=timedelta(0), by=OPERATOR, expires_in=timedelta(days=1)).key
+        assert lifetime == (None if new.expires_at is None else new.expires_at - new.created_at)
+        assert asked.expires_at == asked.created_at + timedelta(days=1)
+
     def test_a_dead_key_cannot_be_replaced(self, keys: Keys) -> None:
         revoked, expired = make(keys).key.id, make(keys, expires_in=timedelta(0)).key.id
         keys.revoke(revoked, by=OPERATOR)
