@@ -126,10 +126,10 @@ def _attempt(place: Workplace, job: Job, lease: Lease, line: logging.LoggerAdapt
 
 def _merge(place: Workplace, job: Job, lease: Lease) -> Mapping[str, Any]:
     """The straight line: plan again, merge, write the manifest. The artifact's row value comes back."""
-    plan = _plan_again(place, job)
-    _check_room(place, job, plan)
+    plan = lease.persist(lambda: _plan_again(place, job))
+    lease.persist(lambda: _check_room(place, job, plan))
     lease.check()
-    sink = StoreSink(place.store, place.jobs, job, lease.persist)
+    sink = lease.persist(lambda: StoreSink(place.store, place.jobs, job, lease.persist))
     output = run_merge(
         plan,
         sink,

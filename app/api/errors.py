@@ -85,6 +85,12 @@ def as_mergeyard_error(error: Exception) -> MergeyardError:
     )
 
 
+def log_fault(error: MergeyardError, request_id: str) -> None:
+    """What is the service's own fault stands in its log, with the id that its user was told."""
+    if error.fault == "system":
+        log.error("%s: %s (request %s)", error.code, error.message, request_id)
+
+
 def install(app: FastAPI, routes: Sequence[Route]) -> None:
     """Register the handlers; ``routes`` are the application's, to say which methods a path has.
 
@@ -97,8 +103,7 @@ def install(app: FastAPI, routes: Sequence[Route]) -> None:
 
 async def _known(request: Request, error: Exception) -> Response:
     failure = as_mergeyard_error(error)
-    if failure.fault == "system":
-        log.error("%s: %s (request %s)", failure.code, failure.message, request.state.request_id)
+    log_fault(failure, request.state.request_id)
     return problem_response(failure, instance=request.url.path, request_id=request.state.request_id)
 
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import logs
 from app.api.callers import Presented, presented
-from app.api.errors import problem_response
+from app.api.errors import log_fault, problem_response
 from app.api.limits import NO_LIMIT, Quota
 from app.api.service import Service
 from app.errors import MergeyardError
@@ -47,6 +47,7 @@ class Gate:
             logs.about(owner=answer.owner)
             await self._app(scope, receive, send_with_quota)
             return
+        log_fault(answer, request.request_id)
         response = problem_response(
             answer, instance=scope["path"], request_id=request.request_id, headers=_waiting(quota)
         )

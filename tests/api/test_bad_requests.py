@@ -9,7 +9,7 @@ import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from app.api.examples import RECIPE
+from app.errors import MergeyardError
 from tests import files
 from tests.api.serving import ServedApi, problem
 
@@ -239,3 +240,14 @@ class TestRouting:
         problem(response, 500, "internal")
         assert "ZeroDivision" not in response.text
         assert "broken-1" in caplog.text and "ZeroDivisionError" in caplog.text
+
+    def test_a_database_that_is_away_when_the_key_is_looked_up_is_in_the_log(
+        self, api: ServedApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def away(*_: object) -> NoReturn:
+            raise MergeyardError("database_unavailable", "The database does not answer.")
+
+        monkeypatch.setattr("app.api.callers.Callers.recognise", away)
+        response = api.http.get("/merges", headers={"x-request-id": "away-1"})
+        problem(response, 503, "database_unavailable")
+        assert "database_unavailable: The database does not answer. (request away-1)" in caplog.text

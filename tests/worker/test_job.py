@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
-from app.records.job import Job, NewJob, Status
+from app.records.job import Job, NewJob, Shard, Status
 from app.records.key import Caller
 from app.records.owned import OwnedUploads
 from app.records.upkeep import Upkeep
@@ -232,13 +232,17 @@ def test_a_database_that_is_away_for_a_moment_costs_neither_the_attempt_nor_a_sh
             self.flicker("shard")
             super().record_shard(job_id, token, file, statistics)
 
+        def shards(self, job_id: str) -> Sequence[Shard]:
+            self.flicker("read")
+            return super().shards(job_id)  # type: ignore[no-any-return]
+
         def flicker(self, write: str) -> None:
             writes.append(write)
             if writes.count(write) == 1:
                 raise MergeyardError("database_unavailable", "away")
 
     assert attempt(replace(place, jobs=Flickering(yard.jobs.database)), job) is Ending.PUBLISHED
-    assert {"stage merging", "shard"} <= set(writes)
+    assert {"stage merging", "shard", "read"} <= set(writes)
     assert yard.jobs.get(job.id).attempt == 1
     assert len({shard.file.name for shard in yard.jobs.shards(job.id)}) == writes.count("shard") - 1
 
