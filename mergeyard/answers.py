@@ -112,9 +112,18 @@ class PlannedSource(TypedDict):
     files: list[str]
 
 
+class EarlierMerge(TypedDict):
+    name: str
+    method: str
+    base: PlannedSource
+    sources: list[PlannedSource]
+    estimates: dict[str, int]
+
+
 class Plan(TypedDict):
     method: str
     fingerprint: str
+    earlier: list[EarlierMerge]
     base: PlannedSource
     sources: list[PlannedSource]
     touched: list[dict[str, Any]]

@@ -121,7 +121,9 @@ def plan(recipe: Recipe, as_json: AsJson = False) -> None:
 @cli.command()
 @guarded
 def up(
-    host: Annotated[str | None, typer.Option(help="Loopback only. [default: 127.0.0.1]", show_default=False)] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Other than loopback needs keys. [default: 127.0.0.1]", show_default=False)
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="0 takes a free one. [default: 8000]", show_default=False)
     ] = None,
