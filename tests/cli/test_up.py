@@ -23,7 +23,14 @@ from mergeyard import gpus
 from mergeyard.client import ApiError, Client
 from mergeyard.gpus import usable_gpus
 from mergeyard.processes import StartError
-from mergeyard.up import SOCKET_PATH_BYTES, broker_socket, worker_environments
+from mergeyard.up import (
+    API_STOP_SECONDS,
+    BROKER_STOP_SECONDS,
+    SOCKET_PATH_BYTES,
+    WORKER_STOP_SECONDS,
+    broker_socket,
+    worker_environments,
+)
 from tests import servers, tiny
 from tests.cli.commands import MERGEYARD, environment, mergeyard
 from tests.faults.proxy import Proxy, proxied
@@ -71,7 +78,7 @@ def end(up: Up, number: int = signal.SIGTERM) -> None:
     """Send the signal and wait until nothing of it is left."""
     family = up.family()
     up.process.send_signal(number)
-    _, alive = psutil.wait_procs(family, timeout=40)
+    _, alive = psutil.wait_procs(family, timeout=API_STOP_SECONDS + WORKER_STOP_SECONDS + BROKER_STOP_SECONDS + 10)
     for process in alive:
         process.kill()
     assert alive == []
