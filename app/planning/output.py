@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from app.planning.budgets import COLLECTED_BYTES, DELTA_BYTES, EXPERT_FACTOR_BYTES, PRODUCT_RANK
 from app.planning.depth import restack_config
 from app.planning.layout import restacked
 from app.planning.named_code import imports_code, without_code
@@ -24,10 +25,6 @@ from app.sources.safetensors import DTYPE_BYTES
 from app.sources.source import SourceFile
 from app.sources.tokenizers import ADDED_TOKENS, TOKENIZER_CONFIG, TOKENIZER_FILES, TOKENIZER_JSON
 
-DELTA_BUFFER_BYTES = 512_000_000  # the engine keeps Δ that takes long to form up to here, of two tensors together
-COLLECTED_BYTES = 256_000_000  # magnitudes near the thresholds, of all sources together, that the engine keeps
-PRODUCT_RANK = 64  # up to here the engine's kernels form a product on the way
-EXPERT_FACTOR_BYTES = 256_000_000  # the engine keeps experts' factors up to here, where each has its own tensor
 PROCESS_BYTES = 450_000_000  # what a worker holds before it merges anything: torch, Numba
 MODULES = "modules.json"  # of sentence-transformers
 OF_TOKENS = frozenset({TOKENIZER_JSON, ADDED_TOKENS})  # documents whose keys are tokens, and may be any word
@@ -67,7 +64,7 @@ def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
     for tensor in touched:
         values = 4 * math.prod(tensor.shape)
         # two tensors are open at once, one whose blocks are merged and one whose thresholds are looked for
-        deltas = min(2 * values * sum(map(_is_formed, tensor.contributions)), DELTA_BUFFER_BYTES)
+        deltas = min(2 * values * sum(map(_is_formed, tensor.contributions)), DELTA_BYTES)
         factors = 2 * sum(_factor_bytes(item.lora) for item in tensor.contributions if item.lora)
         collected = values * len(tensor.contributions) // 5
         if tensor.parameters.get("trim_scope") == "model":

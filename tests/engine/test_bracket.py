@@ -70,7 +70,7 @@ def test_a_bracket_that_misses_changes_no_byte(
 def test_more_inside_than_is_kept_changes_no_byte(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(root, recipe("tensor"))
     merge(plan, tmp_path / "expected")
-    monkeypatch.setattr(bracketing, "_KEPT", 1000)
+    monkeypatch.setattr(bracketing, "COLLECTED_BYTES", 4000)
     merge(plan, tmp_path / "few")
     assert bytes_of(tmp_path / "few") == bytes_of(tmp_path / "expected")
 

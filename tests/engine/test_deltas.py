@@ -43,3 +43,23 @@ def test_there_are_never_more_than_two_buffers(tmp_path: Path, monkeypatch: pyte
             for block in opened.blocks:
                 opened.of(block, scratch)
     assert len(made) > 2, "the buffers have to grow"
+
+
+def test_a_tensor_that_is_asked_for_again_keeps_its_memory(tmp_path: Path) -> None:
+    write_model(tmp_path / "base")
+    write_model(tmp_path / "tuned", {name: value.double() for name, value in llama_tensors(seed=1).items()})
+    recipe = {"base_model": "base", "merge_method": "ties", "models": [{"model": "tuned"}]}
+    first, second, third = plan_of(tmp_path, recipe).tensors[:3]
+    with Reader() as reader:
+        kernels = load("cpu")
+        deltas, scratch = Deltas(["tuned"], reader, kernels), Scratch(kernels.memory)
+        deltas.open(first, [1.0])
+        deltas.open(second, [1.0])
+        again = deltas.open(first, [1.0])
+        held = again.operands(again.blocks[0], scratch)[0]
+        assert isinstance(held, torch.Tensor)
+        before = held.clone()
+        newest = deltas.open(third, [1.0])
+        newest.operands(newest.blocks[0], scratch)
+        assert torch.equal(held, before)
+        assert deltas.open(first, [1.0]) is again

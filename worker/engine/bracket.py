@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from app.planning.budgets import COLLECTED_BYTES
 from worker.engine.ranking import ALL_EQUALS
 
 Magnitudes: TypeAlias = npt.NDArray[np.int32]  # of float32, as their 31 bits
@@ -24,7 +25,6 @@ Bracket: TypeAlias = tuple[int, int]  # the least and the largest magnitude insi
 SMALL = 1 << 16  # values that are all kept, where there are no more
 _DEVIATIONS = 5.0  # on both sides of the quantile
 _WIDEST = 0.2  # share of the values inside from which on histograms take less time
-_KEPT = 1 << 26  # magnitudes kept of all sources together, 256 MB; the planner's estimate counts on it
 _ALL: Bracket = (0, 0x7FFF_FFFF)
 
 
@@ -93,7 +93,7 @@ class Collected:
 
     @property
     def _room(self) -> int:
-        return _KEPT // self.sources
+        return COLLECTED_BYTES // 4 // self.sources
 
     def largest(self, k: int) -> tuple[int, int, int] | None:
         """The k-th largest, how many values equal to it are among the k, and how many there are; None: not inside."""

@@ -6,7 +6,6 @@ behind a header padded to eight bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from threading import Thread
@@ -16,16 +15,9 @@ import torch
 
 from app import strict_json
 from app.artifacts.manifest import StoredFile, TensorStatistics
-from app.planning.plan import Plan, TensorPlan
-from worker.engine.reader import dtype_of
+from app.planning.output import output_bytes
+from app.planning.plan import Plan
 from worker.engine.sinks import FileWriter, Sink
-
-INDEX_NAME = "model.safetensors.index.json"
-
-
-def tensor_bytes(tensor: TensorPlan) -> int:
-    """Bytes the tensor takes in its output file."""
-    return math.prod(tensor.shape) * dtype_of(tensor.dtype, tensor.name).itemsize
 
 
 def index_of(plan: Plan) -> bytes | None:
@@ -34,7 +26,7 @@ def index_of(plan: Plan) -> bytes | None:
         return None
     places = {tensor.name: shard.filename for shard in plan.shards for tensor in shard.tensors}
     index = {
-        "metadata": {"total_size": sum(map(tensor_bytes, plan.tensors))},
+        "metadata": {"total_size": sum(map(output_bytes, plan.tensors))},
         "weight_map": dict(sorted(places.items())),
     }
     return strict_json.file_bytes(index)

@@ -17,6 +17,7 @@ from queue import Empty, LifoQueue
 import torch
 
 from app.errors import MergeyardError
+from app.planning.budgets import DELTA_BYTES, PRODUCT_RANK
 from app.planning.plan import Contribution, TensorPlan
 from app.sources.source import StoredTensor, TensorSpec
 from worker.engine.blocks import Block, cut, row_width
@@ -24,12 +25,9 @@ from worker.engine.factors import FactorReader, Factors, norms_span_blocks
 from worker.engine.kernels.signature import Delta, Difference, Kernels, Product
 from worker.engine.reader import Reader, dtype_of
 
-DELTA_BUDGET = 512_000_000  # bytes of Δ kept between passes; the planner's estimate counts on it
 _ALIGNED = 16  # float32 values in 64 bytes
 SAMPLE_GROUPS = 32
 _SAMPLE_VALUES = 2048  # of a group of whole rows
-# Up to here B·A in the caches costs less than writing it to memory and reading it back. The planner counts on it.
-_CHEAP_RANK = 64
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -90,7 +88,7 @@ class OpenSource:
         lora = self.lora
         if lora is None or self.full is not None or self.added is not None:
             return None
-        return lora if lora.magnitude is None and 1 <= lora.rank <= _CHEAP_RANK else None
+        return lora if lora.magnitude is None and 1 <= lora.rank <= PRODUCT_RANK else None
 
     def subtracts(self, base: StoredTensor) -> bool:
         """Whether δ is nothing but the difference of two tensors that the kernels can read."""
@@ -260,11 +258,25 @@ class TensorDeltas:
         self._reader.float32(stored, block.start, block.stop, values, scratch.bytes("raw", block.size * 8))
 
 
+class _Buffer:
+    """Memory for the Δ of one tensor after the other; grows and stays."""
+
+    def __init__(self) -> None:
+        self._values = torch.empty(0, dtype=torch.float32)
+
+    def of(self, values: int) -> torch.Tensor:
+        """float32, at least ``values`` of them, uninitialised."""
+        if len(self._values) < values:
+            self._values = torch.empty(0, dtype=torch.float32)  # the smaller one goes first
+            self._values = torch.empty(values, dtype=torch.float32)
+        return self._values
+
+
 class Deltas:
     """Opens the task vectors of one tensor after the other, keeping those of the last two in memory where they fit."""
 
     def __init__(
-        self, plan_sources: Sequence[str], reader: Reader, kernels: Kernels, budget: int = DELTA_BUDGET
+        self, plan_sources: Sequence[str], reader: Reader, kernels: Kernels, budget: int = DELTA_BYTES
     ) -> None:
         """``plan_sources``: the references, for messages.
 
@@ -274,38 +286,38 @@ class Deltas:
         self._references, self._reader, self._kernels, self._budget = plan_sources, reader, kernels, budget
         self._factors = FactorReader(reader)
         self._norms: dict[tuple[str, int], torch.Tensor] = {}  # of every pass over the model; a value for each output
-        self._buffers = [torch.empty(0, dtype=torch.float32)] * 2
-        self._opened: list[TensorDeltas] = []  # the last two: one is opened while the other's blocks are merged
+        # the last two, the one asked for last behind: one is opened while the other's blocks are merged
+        self._opened: list[tuple[TensorDeltas, _Buffer]] = []
 
     def open(self, tensor: TensorPlan, prescale: Sequence[float]) -> TensorDeltas:
         """The tensor's task vectors; one of the last two opened again is the same value. Factors are read here, whole.
 
         Raises ``source_not_finite`` where a factor holds NaN or infinity.
         """
-        found = next((opened for opened in self._opened if opened.tensor is tensor), None)
-        if found is None:
-            while len(self._opened) > 1:
-                self._opened.pop(0).forget()  # the caller may hold it until it has the next
-            self._buffers.reverse()
-            sources = [
-                self._open(tensor, contribution, scale)
-                for contribution, scale in zip(tensor.contributions, prescale, strict=True)
-            ]
-            found = TensorDeltas(tensor, sources, self._reader, self._kernels, self._room(tensor, sources))
-            self._opened.append(found)
-        return found
+        place = next((place for place, (opened, _) in enumerate(self._opened) if opened.tensor is tensor), None)
+        if place is not None:
+            self._opened.append(self._opened.pop(place))
+            return self._opened[-1][0]
+        buffer = _Buffer()
+        while len(self._opened) > 1:
+            forgotten, buffer = self._opened.pop(0)
+            forgotten.forget()  # the caller may hold it until it has the next
+        sources = [
+            self._open(tensor, contribution, scale)
+            for contribution, scale in zip(tensor.contributions, prescale, strict=True)
+        ]
+        kept = self._kept_values(tensor, sources)
+        memory = None if kept is None else buffer.of(kept)
+        self._opened.append((TensorDeltas(tensor, sources, self._reader, self._kernels, memory), buffer))
+        return self._opened[-1][0]
 
-    def _room(self, tensor: TensorPlan, sources: Sequence[OpenSource]) -> torch.Tensor | None:
+    def _kept_values(self, tensor: TensorPlan, sources: Sequence[OpenSource]) -> int | None:
+        """How many values of Δ are kept between passes; None: it is formed anew in each."""
         dense = dense_sources(tensor, sources)
         if not any(sources[index].takes_long for index in dense):
             return None
         values = kept_values(cut(tensor.shape), len(dense))
-        if values * 4 > self._budget // 2:
-            return None
-        if len(self._buffers[0]) < values:
-            self._buffers[0] = torch.empty(0, dtype=torch.float32)  # the smaller one goes first
-            self._buffers[0] = torch.empty(values, dtype=torch.float32)
-        return self._buffers[0]
+        return values if values * 4 <= self._budget // 2 else None
 
     def _open(self, tensor: TensorPlan, contribution: Contribution, scale: float) -> OpenSource:
         def refuse(spec: TensorSpec) -> MergeyardError:

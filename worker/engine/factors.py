@@ -16,12 +16,12 @@ from itertools import islice
 import torch
 
 from app.errors import MergeyardError
+from app.planning.budgets import EXPERT_FACTOR_BYTES
 from app.planning.plan import LoraFactors, ScaledTensor
 from app.sources.source import TensorSpec
 from worker.engine.blocks import row_width
 from worker.engine.reader import Reader
 
-EXPERT_FACTOR_BYTES = 256_000_000  # of experts' factors kept, where a checkpoint has every expert by itself
 _SAMPLE_ROWS = 32  # of a group
 RANK_EPSILON = 1e-5  # PEFT divides AdaLoRA's product by its rank count and this
 

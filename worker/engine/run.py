@@ -18,16 +18,17 @@ from app import strict_json
 from app.artifacts.manifest import MANIFEST_NAME, EarlierRecord, Manifest, SourceRecord, StoredFile, TensorStatistics
 from app.errors import NO_SPACE, MergeyardError
 from app.planning.adapter_output import CONFIG_NAME
+from app.planning.budgets import DELTA_BYTES
 from app.planning.earlier import file_of
 from app.planning.plan import Plan, PlannedSource, document_bytes
+from app.sources.models import INDEX
 from app.sources.references import model_of
 from app.sources.safetensors import read_header
 from app.sources.source import SourceFile
 from worker.engine.adapter_output import adapter_config
 from worker.engine.blocks import Crew
 from worker.engine.card import CARD_NAME, model_card
-from worker.engine.checkpoint import INDEX_NAME, index_of, write_file
-from worker.engine.deltas import DELTA_BUDGET
+from worker.engine.checkpoint import index_of, write_file
 from worker.engine.digests import DigestCache, SourceDigests
 from worker.engine.kernels import load
 from worker.engine.kernels.signature import Kernels
@@ -57,7 +58,7 @@ def run_merge(
     threads: int = 0,
     control: Control,
     digests: DigestCache,
-    delta_budget: int = DELTA_BUDGET,
+    delta_budget: int = DELTA_BYTES,
 ) -> MergeOutput:
     """Merge into ``sink``: weights, index, config, companions and the model card.
 
@@ -117,7 +118,7 @@ def merge_to_folder(
     threads: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     digests: DigestCache | None = None,
-    delta_budget: int = DELTA_BUDGET,
+    delta_budget: int = DELTA_BYTES,
 ) -> Manifest:
     """Merge into the folder ``out``, which appears whole or not at all.
 
@@ -276,12 +277,12 @@ def _write_small_files(
     """Index, documents, companions and the card, in an order that the plan alone decides."""
     own = {name: document_bytes(document) for name, document in plan.documents.items()}
     if (index := index_of(plan)) is not None:
-        own[INDEX_NAME] = index
+        own[INDEX] = index
     if plan.adapter is not None:
         own[CONFIG_NAME] = strict_json.file_bytes(adapter_config(plan, plan.adapter, statistics))
     own[CARD_NAME] = model_card(plan, sources, earlier, statistics).encode()
     stored = [write_file(sink, name, content) for name, content in own.items()]
-    reserved = {*own, INDEX_NAME, MANIFEST_NAME, *(shard.filename for shard in plan.shards)}
+    reserved = {*own, INDEX, MANIFEST_NAME, *(shard.filename for shard in plan.shards)}
     for companion in plan.companions:
         if companion.name not in reserved:
             content = companion.content

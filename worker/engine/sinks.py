@@ -114,7 +114,7 @@ class AttemptFolder:
     def remember(self, filename: str, statistics: Mapping[str, TensorStatistics]) -> None:
         pass
 
-    def create(self, filename: str, size: int) -> FileWriter:
+    def create(self, filename: str, size: int) -> LocalFile:
         return LocalFile(self._folder / filename, name=filename, size=size)
 
     @contextlib.contextmanager

@@ -16,11 +16,12 @@ from typing import Protocol
 import torch
 
 from app.artifacts.manifest import StoredFile, TensorStatistics
+from app.planning.output import output_bytes
 from app.planning.plan import Plan, ShardPlan, TensorPlan
 from worker.engine.adapter_output import AdapterWriting
 from worker.engine.blending import Blending
 from worker.engine.blocks import Block, Crew, cut
-from worker.engine.checkpoint import Buffers, ShardWriter, tensor_bytes
+from worker.engine.checkpoint import Buffers, ShardWriter
 from worker.engine.deltas import Deltas, ScratchPool
 from worker.engine.factoring import Factoring
 from worker.engine.kernels.signature import BlockStatistics, Kernels
@@ -58,7 +59,7 @@ class Stream:
             kernels=kernels, crew=crew, reader=reader, scratches=self._scratches, deltas=deltas
         )
         self._way = _way_of(plan, resources)
-        self.total = self._way.bytes_before + sum(map(tensor_bytes, plan.tensors))
+        self.total = self._way.bytes_before + sum(map(output_bytes, plan.tensors))
 
     def run(self, meter: Meter) -> tuple[list[StoredFile], dict[str, TensorStatistics]]:
         """Writes or adopts every weight file. The files and the changed tensors' statistics, in the plan's order.
@@ -84,8 +85,8 @@ class Stream:
     def _write(self, shards: list[ShardPlan], statistics: dict[str, TensorStatistics]) -> dict[str, StoredFile]:
         """The shards that no earlier attempt finished, by file name; ``statistics`` gains those of their tensors."""
         self._way.begin(self._meter)
-        adopted_bytes = sum(map(tensor_bytes, self._plan.tensors))
-        adopted_bytes -= sum(tensor_bytes(tensor) for shard in shards for tensor in shard.tensors)
+        adopted_bytes = sum(map(output_bytes, self._plan.tensors))
+        adopted_bytes -= sum(output_bytes(tensor) for shard in shards for tensor in shard.tensors)
         self._meter.advance(adopted_bytes)
         size = max(_largest_block(shards), _LEAST_BUFFER)
         buffers = Buffers(self._crew.ahead + _SPARE_BUFFERS, size, self._resources.kernels.memory)
@@ -117,7 +118,7 @@ class Stream:
             )
             return writing.write(shard, writer, buffers)
         header = shard.header(self._plan.metadata)
-        size = len(header) + sum(map(tensor_bytes, shard.tensors))
+        size = len(header) + sum(map(output_bytes, shard.tensors))
         writer.begin(shard.filename, header, size)
         found = {}
         for tensor, work in islice(opened, len(shard.tensors)):

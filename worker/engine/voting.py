@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 from app.artifacts.manifest import TensorStatistics
+from app.planning.output import output_bytes
 from app.planning.plan import Plan, TensorPlan
-from worker.engine.checkpoint import tensor_bytes
 from worker.engine.meter import Meter
 from worker.engine.methods import VoteMethod
 from worker.engine.tensors import BlockWork, masking, merging, pass_over
@@ -29,8 +29,8 @@ class Voting:
         self._spanning = [tensor for tensor in touched if method.needs(tensor).trim == "model"]
         self._voting = [tensor for tensor in touched if method.needs(tensor).majority]
         rescaling = any(method.needs(tensor).rescale for tensor in self._spanning)
-        self._trim_bytes = (5 if rescaling else 4) * sum(map(tensor_bytes, self._spanning))
-        self.bytes_before = self._trim_bytes + sum(map(tensor_bytes, self._voting))
+        self._trim_bytes = (5 if rescaling else 4) * sum(map(output_bytes, self._spanning))
+        self.bytes_before = self._trim_bytes + sum(map(output_bytes, self._voting))
         self._trims: Mapping[str, TensorTrims] = {}
         self._zero_sign: Literal[1, -1] = 1
 

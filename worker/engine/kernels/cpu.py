@@ -13,6 +13,7 @@ from worker.engine.kernels import cpu_loops as loops
 from worker.engine.kernels.cpu_loops import Floats, Halves, Longs, Words
 from worker.engine.kernels.signature import (
     KEEP_NONE,
+    OVERFLOW,
     SMALLEST_DIVISOR,
     BlockStatistics,
     Delta,
@@ -32,8 +33,6 @@ ELECTIONS: dict[Elect, int] = {
     "unanimous": loops.UNANIMOUS,
     "quorum": loops.QUORUM,
 }
-# The least float32 magnitude that is infinite after the cast.
-OVERFLOW = {torch.float32: float("inf"), torch.float16: 65520.0, torch.bfloat16: (2 - 2**-8) * 2.0**127}
 
 
 class CpuKernels:

@@ -19,6 +19,8 @@ import torch
 COARSE_BINS = 1 << 15  # magnitude bits 30..16 of a float32
 FINE_BINS = 1 << 16  # bits 15..0
 SMALLEST_DIVISOR = 1e-8  # a sum of weights nearer to zero divides by 1 instead (mergekit's rule)
+# The least float32 magnitude that is infinite after the cast.
+OVERFLOW = {torch.float32: float("inf"), torch.float16: 65520.0, torch.bfloat16: (2 - 2**-8) * 2.0**127}
 
 Elect = Literal["none", "mass", "count", "unanimous", "quorum"]
 Divisor = Literal["none", "agreeing", "agreeing_weights", "sources", "weights"]

@@ -40,11 +40,9 @@ from worker.engine.kernels.cuda.voting import (
     vote_of,
 )
 from worker.engine.kernels.cuda.workspace import Workspace
-from worker.engine.kernels.signature import SMALLEST_DIVISOR, Rule
+from worker.engine.kernels.signature import OVERFLOW, SMALLEST_DIVISOR, Rule
 
 CONSTANT, AGREEING, AGREEING_WEIGHTS = (tl.constexpr(divisor) for divisor in range(3))
-# The least float32 magnitude that is infinite after the cast.
-OVERFLOW = {torch.float32: float("inf"), torch.float16: 65520.0, torch.bfloat16: (2 - 2**-8) * 2.0**127}
 SMALLEST = tl.constexpr(float(torch.tensor(SMALLEST_DIVISOR, dtype=torch.float32)))
 # So many sources' votes stay in a thread's registers from the election to the sum; more are formed a second time.
 MOST_HELD = 4
