@@ -7,14 +7,9 @@ merge``, every source file is hashed.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from app.artifacts.disk import reserve
-from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
@@ -24,7 +19,7 @@ from benchmarks.job import Job, read_job
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import load, warm_up
 from worker.engine.run import build_manifest, merge_to_folder, run_merge, write_manifest
-from worker.engine.sinks import FileWriter, LocalFile
+from worker.engine.sinks import AttemptFolder, LocalFile
 
 
 def main() -> None:
@@ -66,50 +61,31 @@ class Unwatched:
         pass
 
 
-class UnhashedSink:
-    """A Sink that does all that FolderSink does for a file (reserve, write, sync), the sha256 of weights apart."""
+class UnhashedSink(AttemptFolder):
+    """A Sink that does all that a folder's does (reserve, write, sync), the sha256 of weights apart."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def create(self, filename: str, size: int) -> LocalFile:
+        if filename.endswith(".safetensors"):
+            return UnhashedFile(self._folder / filename, name=filename, size=size)
+        return super().create(filename, size)  # the engine holds what it copies against its digest
 
-    def adopt(self, filename: str, check: Callable[[], None]) -> StoredFile | None:  # noqa: ARG002
-        return None
 
-    def recall(self, filename: str) -> Mapping[str, TensorStatistics] | None:  # noqa: ARG002
-        return None
+class UnhashedFile(LocalFile):
+    """A file whose digest is all zeros."""
 
-    def remember(self, filename: str, statistics: Mapping[str, TensorStatistics]) -> None:
+    def __init__(self, path: Path, *, name: str, size: int) -> None:
+        super().__init__(path, name=name, size=size)
+        self._digest = NoDigest()
+
+
+class NoDigest:
+    """What a file asks of its digest, for nothing."""
+
+    def update(self, data: memoryview, /) -> None:
         pass
 
-    def create(self, filename: str, size: int) -> FileWriter:
-        path = self._folder / filename
-        if not filename.endswith(".safetensors"):
-            return LocalFile(path, name=filename, size=size)  # the engine holds what it copies against its digest
-        return UnhashedFile(path, size)
-
-
-class UnhashedFile:
-    """A weight file of an UnhashedSink; its digest is all zeros."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self._path, self._size = path, size
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        reserve(self._descriptor, size)
-
-    def write(self, data: memoryview) -> None:
-        rest = data.cast("B")
-        while len(rest):
-            rest = rest[os.write(self._descriptor, rest) :]
-
-    def finish(self) -> StoredFile:
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
-        return StoredFile(name=self._path.name, key=self._path.name, size=self._size, sha256="0" * 64)
-
-    def abort(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._descriptor)
-        self._path.unlink(missing_ok=True)
+    def hexdigest(self) -> str:
+        return "0" * 64
 
 
 if __name__ == "__main__":

@@ -370,7 +370,9 @@ def test_an_uploads_index_names_only_what_was_sent(root: Path, tmp_path: Path) -
     draft = UploadStore(tmp_path / "uploads").begin()
     for name, path in listing(root / "base").items():
         draft.add(name, [path.read_bytes()])
-    draft.add(INDEX, [json.dumps({"weight_map": {"a": "../../root/base/model.safetensors"}}).encode()])
+    outside = os.path.relpath(root / "base" / "model.safetensors", tmp_path / "uploads" / "draft")
+    assert outside.startswith("..")
+    draft.add(INDEX, [json.dumps({"weight_map": {"a": outside}}).encode()])
     assert refusal(draft.commit).code == "source_not_found"
 
 

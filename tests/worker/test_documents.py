@@ -17,10 +17,8 @@ from app.records.job import Job, Status
 from app.sources.resolver import Resolver
 from tests import tiny
 from tests.engine.merges import bytes_of, merge
-from tests.worker.test_job import attempt, digests, failing
-from tests.worker.yard import SHARDED, Yard, open_yard
-from worker.engine.digests import DigestCache
-from worker.engine.kernels import load
+from tests.worker.attempts import attempt, digests, failing, lonely_yard, place_in
+from tests.worker.yard import SHARDED, Yard
 from worker.engine.sinks import SCRATCH
 from worker.job import Ending, Workplace
 from worker.sink import StoreSink
@@ -30,21 +28,13 @@ EARLIER, LAST = 4, 20  # blocks of the first document, and of the second
 
 @pytest.fixture
 def yard(tmp_path: Path, tiny_models: Path) -> Iterator[Yard]:
-    with open_yard(tmp_path, tiny_models, f"redis+socket://{tmp_path}/nobody.sock", "default", tidy=False) as opened:
+    with lonely_yard(tmp_path, tiny_models) as opened:
         yield opened
 
 
 @pytest.fixture
 def place(yard: Yard) -> Workplace:
-    return Workplace(
-        settings=yard.settings,
-        jobs=yard.jobs,
-        bell=yard.bell,
-        store=yard.store,
-        kernels=load("reference"),
-        digests=DigestCache(None),
-        worker="test-1",
-    )
+    return place_in(yard)
 
 
 def scratch(yard: Yard, job: Job) -> list[str]:

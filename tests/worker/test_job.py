@@ -20,59 +20,21 @@ from app.records.key import Caller
 from app.records.owned import OwnedUploads
 from app.records.upkeep import Upkeep
 from app.sources.uploads import UploadStore
-from tests.worker.yard import SHARDED, Yard, open_yard
-from worker.engine.digests import DigestCache
-from worker.engine.kernels import load
+from tests.worker.attempts import Interrupting, attempt, digests, failing, lonely_yard, place_in
+from tests.worker.yard import SHARDED, Yard
 from worker.job import Ending, Workplace, work
 from worker.lease import StopRequest
 
 
 @pytest.fixture
 def yard(tmp_path: Path, tiny_models: Path) -> Iterator[Yard]:
-    """No worker, no broker, and no janitor either: nobody but the test touches the rows."""
-    with open_yard(tmp_path, tiny_models, f"redis+socket://{tmp_path}/nobody.sock", "default", tidy=False) as opened:
+    with lonely_yard(tmp_path, tiny_models) as opened:
         yield opened
 
 
 @pytest.fixture
 def place(yard: Yard) -> Workplace:
-    return Workplace(
-        settings=yard.settings,
-        jobs=yard.jobs,
-        bell=yard.bell,
-        store=yard.store,
-        kernels=load("reference"),
-        digests=DigestCache(None),
-        worker="test-1",
-    )
-
-
-class Interrupting:
-    """Kernels that do something just before they merge their ``count``-th block."""
-
-    def __init__(self, action: Any, count: int = 8) -> None:
-        self._kernels, self._action, self._left = load("reference"), action, count
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kernels, name)
-
-    def merge(self, *arguments: Any) -> Any:
-        self._left -= 1
-        if self._left == 0:
-            self._action()
-        return self._kernels.merge(*arguments)
-
-
-def failing(error: BaseException) -> Any:
-    def fail() -> None:
-        raise error
-
-    return fail
-
-
-def attempt(place: Workplace, job: Job, action: Any = None, **changes: Any) -> Ending:
-    kernels = place.kernels if action is None else Interrupting(action, **changes)
-    return work(replace(place, kernels=kernels), job.id, StopRequest())  # type: ignore[arg-type]
+    return place_in(yard)
 
 
 def test_a_merge_is_published_and_leaves_only_its_files(yard: Yard, place: Workplace) -> None:
@@ -133,12 +95,6 @@ def test_a_recorded_shard_whose_bytes_changed_is_made_again(yard: Yard, place: W
     assert attempt(place, broken) is Ending.PUBLISHED
     assert digests(yard, straight) == digests(yard, broken)
     assert not damaged.exists(), "what nobody adopted is swept"
-
-
-def digests(yard: Yard, job: Job) -> dict[str, str]:
-    artifact = yard.jobs.get(job.id).artifact
-    assert artifact is not None
-    return {file["name"]: file["sha256"] for file in artifact["files"]}
 
 
 def test_a_users_failure_is_final_at_once(yard: Yard, place: Workplace) -> None:
