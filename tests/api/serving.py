@@ -24,6 +24,7 @@ from app.records.job import Job, NewJob
 from app.records.jobs import Jobs
 from app.settings import Settings
 from tests import files
+from tests.records.submitting import wait_a_moment
 
 PROBLEM = "application/problem+json"
 
@@ -52,6 +53,7 @@ class ServedApi:
         new = NewJob(
             recipe={}, resolved={}, method="ties", plan_digest="0" * 64, estimates={}, total_bytes=100, owner="local"
         )
+        wait_a_moment(self.jobs.database)  # after the job before it
         job, _ = self.jobs.submit(replace_fields(new, changes))
         return job
 

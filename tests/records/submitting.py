@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+from app.records.database import Database
 from app.records.job import Job, NewJob
 from app.records.jobs import Jobs
 
@@ -32,3 +34,10 @@ def claimed(jobs: Jobs, *, lease_seconds: float = 60, **changes: Any) -> Job:
     running = jobs.claim(job.id, lease_seconds=lease_seconds)
     assert running is not None
     return running
+
+
+def wait_a_moment(database: Database) -> None:
+    """Until the database's clock has moved on: SQLite's counts milliseconds, and rows of one have no order."""
+    began = database.now()
+    while database.now() == began:
+        time.sleep(0.0005)

@@ -13,6 +13,7 @@ from app.records.database import Database
 from app.records.key import KEY_TEXT, Caller, NewKey, Scope, digest
 from app.records.keys import Keys
 from app.records.tables import keys as table
+from tests.records.submitting import wait_a_moment
 
 OPERATOR = Caller(owner="cli:root@here")
 
@@ -162,7 +163,9 @@ def test_what_cannot_be_an_owner_is_refused(keys: Keys, owner: str) -> None:
 
 
 def test_a_list_is_newest_first_and_can_be_one_owners(keys: Keys) -> None:
-    first, second = make(keys).key, make(keys, owner="bob").key
+    first = make(keys).key
+    wait_a_moment(keys.database)
+    second = make(keys, owner="bob").key
     assert [key.id for key in keys.list()] == [second.id, first.id]
     assert [key.id for key in keys.list(owner="alice")] == [first.id]
 

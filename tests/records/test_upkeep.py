@@ -21,7 +21,7 @@ from app.records.job import JanitorReport, Job, Status
 from app.records.jobs import Jobs
 from app.records.upkeep import Upkeep
 from app.sources.uploads import UploadStore
-from tests.records.submitting import claimed, new_job
+from tests.records.submitting import claimed, new_job, wait_a_moment
 
 NOTHING = JanitorReport(ring=(), requeued=(), failed=(), cancelled=())
 
@@ -92,9 +92,10 @@ def test_a_living_job_is_left_alone(jobs: Jobs, upkeep: Upkeep) -> None:
 
 def test_a_queued_row_is_rung_again_once_it_is_stale(jobs: Jobs, upkeep: Upkeep) -> None:
     first, _ = jobs.submit(new_job())
+    wait_a_moment(jobs.database)
     second, _ = jobs.submit(new_job())
     assert upkeep.round(ring_after=60) == NOTHING
-    assert {ring.id for ring in upkeep.round(ring_after=0).ring} == {first.id, second.id}
+    assert [ring.id for ring in upkeep.round(ring_after=0).ring] == [first.id, second.id]
     assert upkeep.round(ring_after=60) == NOTHING, "what was rung just now is not stale"
 
 
@@ -104,10 +105,13 @@ def test_a_queue_without_a_worker_does_not_keep_the_others_waiting(
     monkeypatch.setattr("app.records.upkeep.BATCH", 4)
     for _ in range(6):
         jobs.submit(new_job(queue="dead"))
-    served = [jobs.submit(new_job(queue="served"))[0].id for _ in range(2)]
+    served = []
+    for _ in range(2):
+        served.append(jobs.submit(new_job(queue="served"))[0].id)
+        wait_a_moment(jobs.database)
     report = upkeep.round(ring_after=0)
     assert len(report.ring) == 4
-    assert {ring.id for ring in report.ring if ring.queue == "served"} == set(served)
+    assert [ring.id for ring in report.ring if ring.queue == "served"] == served
 
 
 def test_every_job_of_a_long_queue_has_its_turn(jobs: Jobs, upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:
