@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +20,7 @@ DATABASE: Mapping[str, float] = {"none": 1, "cut": 4, "delay": 2, "half-close": 
 # can tell it from a slow one, and a network that is silent is libpq's and TCP's to notice.
 BROKER: Mapping[str, float] = {**DATABASE, "swallow": 1}
 DRAIN_SECONDS = 120.0
+PATIENCE = 4  # times the seconds asked for: how many connections there are to break is up to the load
 
 
 def break_by_cuts(
@@ -30,7 +31,10 @@ def break_by_cuts(
     seconds: float,
     seed: int,
 ) -> tuple[Proxy, Proxy, Load, Audit]:
-    """The broker's proxy, the database's, the load, and the audit when all is calm again."""
+    """The broker's proxy, the database's, the load, and the audit when all is calm again.
+
+    The load goes on for ``seconds``, and longer where fewer connections broke than ``enough`` asks for.
+    """
     folder.mkdir()
     socket_path, rng = folder / "real.sock", random.Random(seed)
     with ExitStack() as stack:
@@ -49,8 +53,8 @@ def break_by_cuts(
         )
         load = Load(service.url, expected, random.Random(seed + 1))
         load.start()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not load.wrong:
+        began = time.monotonic()
+        while not load.wrong and _goes_on(time.monotonic() - began, seconds, broker, database):
             time.sleep(rng.uniform(0.2, 1.5))
             rng.choice((broker, database)).break_all(rng.choice(("cut", "cut", "delay", "half-close")))
         for proxy in (broker, database):
@@ -60,6 +64,15 @@ def break_by_cuts(
         found = audit(service.settings, load.accepted, load.deleted)
     found.lost += sorted(load.open)
     return broker, database, load, found
+
+
+def enough(proxies: Iterable[Proxy], seconds: float) -> bool:
+    """Whether each proxy gave a fault for every two seconds."""
+    return all(sum(proxy.faults.values()) > seconds / 2 for proxy in proxies)
+
+
+def _goes_on(passed: float, seconds: float, *proxies: Proxy) -> bool:
+    return passed < seconds or (passed < PATIENCE * seconds and not enough(proxies, seconds))
 
 
 def server_address(url: str) -> Address:
