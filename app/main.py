@@ -11,7 +11,21 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.routing import Route
 
 import app
-from app.api import audit, docs, errors, files, health, merges, metrics, openapi, session, sources, uploads
+from app.api import (
+    audit,
+    docs,
+    errors,
+    files,
+    health,
+    merges,
+    metrics,
+    openapi,
+    queues,
+    session,
+    sources,
+    uploads,
+    workers,
+)
 from app.api.callers import Callers
 from app.api.failures import Failures
 from app.api.figures import Figures
@@ -28,7 +42,9 @@ from app.records.janitor import Janitor
 from app.records.jobs import Jobs
 from app.records.keys import Keys
 from app.records.owned import OwnedUploads
+from app.records.queues import Queues
 from app.records.sessions import Sessions
+from app.records.workers import Workers
 from app.settings import Settings
 from app.sources.uploads import UploadStore
 
@@ -85,7 +101,8 @@ def create_app(settings: Settings) -> FastAPI:
     api.add_middleware(Gate)
     api.add_middleware(RequestIds)
     api.add_middleware(Measured)
-    routers = [resource.router for resource in (merges, files, uploads, sources, session, audit, health, metrics, docs)]
+    resources = (merges, files, uploads, sources, queues, workers, session, audit, health, metrics, docs)
+    routers = [resource.router for resource in resources]
     for router in routers:
         api.include_router(router)
     openapi.install(api)
@@ -105,6 +122,8 @@ def open_service(settings: Settings) -> Service:
         settings=settings,
         database=database,
         jobs=jobs,
+        queues=Queues(database),
+        workers=Workers(database),
         bell=bell,
         store=store,
         uploads=UploadStore(settings.uploads),

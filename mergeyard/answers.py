@@ -144,6 +144,41 @@ class SourceList(TypedDict):
     items: list[Source]
 
 
+class Waiting(TypedDict):
+    jobs: int
+    oldest_seconds: float
+
+
+class Queue(TypedDict):
+    name: str
+    waiting: int
+    oldest_seconds: float
+    by_priority: dict[str, Waiting]
+    running: int
+    workers: list[str]
+
+
+class QueueList(TypedDict):
+    items: list[Queue]
+
+
+class Worker(TypedDict):
+    name: str
+    host: str
+    process: int
+    device: str | None
+    queues: list[str]
+    state: str
+    job: str | None
+    version: str
+    started_at: str
+    seen_at: str
+
+
+class WorkerList(TypedDict):
+    items: list[Worker]
+
+
 class UploadedFile(TypedDict):
     name: str
     size: int

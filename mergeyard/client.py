@@ -17,7 +17,19 @@ from typing import Any, Self
 
 import httpx
 
-from mergeyard.answers import ApiError, EventPage, FileList, Merge, MergePage, Plan, SourceList, Upload, read_error
+from mergeyard.answers import (
+    ApiError,
+    EventPage,
+    FileList,
+    Merge,
+    MergePage,
+    Plan,
+    QueueList,
+    SourceList,
+    Upload,
+    WorkerList,
+    read_error,
+)
 from mergeyard.download import LONGEST_PAUSE, OnProgress, fetch_all
 
 FINISHED = frozenset({"succeeded", "failed", "cancelled"})
@@ -115,6 +127,14 @@ class Client:
     def sources(self) -> SourceList:
         """What recipes may name."""
         return self._json("GET", "/sources")  # type: ignore[no-any-return]
+
+    def queues(self) -> QueueList:
+        """What waits and runs, and who serves it."""
+        return self._json("GET", "/queues")  # type: ignore[no-any-return]
+
+    def workers(self) -> WorkerList:
+        """Who works, and on what."""
+        return self._json("GET", "/workers")  # type: ignore[no-any-return]
 
     def upload(self, paths: Sequence[Path | str]) -> Upload:
         """Send the files of one model or adapter; a folder stands for the files in it."""

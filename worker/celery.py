@@ -24,8 +24,10 @@ from app import logs
 from app.records.bell import CELERY, Bell, queue_names
 from app.records.database import Database
 from app.records.upkeep import Upkeep
+from app.records.workers import NewWorker
 from app.settings import Settings
 from worker.deafness import DeafnessWatch
+from worker.presence import introduce, present
 
 log = logging.getLogger("mergeyard.worker")
 
@@ -47,7 +49,8 @@ def run_worker(settings: Settings, *, tasks: str = "worker.tasks") -> None:
     _check_reachable(settings)
     logs.set_up(settings.log_format)
     warnings.simplefilter("ignore", SecurityWarning)  # root in a container: it warns of pickles, which we refuse
-    app = make_celery(settings, tasks=tasks)
+    introduced = introduce(settings)
+    app = make_celery(settings, introduced.name, tasks=tasks)
     worker_shutting_down.connect(_ask_children_to_stop)
     deaf = threading.Event()
     try:
@@ -60,15 +63,15 @@ def run_worker(settings: Settings, *, tasks: str = "worker.tasks") -> None:
             without_heartbeat=True,
             quiet=True,
         )
-        with _watched(settings, deaf):
+        with _watched(settings, introduced, deaf):
             worker.start()
     finally:
         worker_shutting_down.disconnect(_ask_children_to_stop)
     sys.exit(1 if deaf.is_set() else worker.exitcode)
 
 
-def make_celery(settings: Settings, *, tasks: str = "worker.tasks") -> Celery:
-    """The worker's Celery app. Its configuration carries the settings to the spawned child."""
+def make_celery(settings: Settings, name: str, *, tasks: str = "worker.tasks") -> Celery:
+    """The Celery app of the worker ``name``. Its configuration carries that and the settings to the spawned child."""
     app = Celery("mergeyard", broker=settings.broker, include=[tasks])
     app.conf.update(CELERY)
     app.conf.update(
@@ -87,6 +90,7 @@ def make_celery(settings: Settings, *, tasks: str = "worker.tasks") -> Celery:
         worker_enable_remote_control=False,
         worker_redirect_stdouts=False,
         mergeyard_settings=settings.model_dump_json(),
+        mergeyard_worker=name,
     )
     return app
 
@@ -102,8 +106,8 @@ def _check_reachable(settings: Settings) -> None:
 
 
 @contextmanager
-def _watched(settings: Settings, deaf: threading.Event) -> Iterator[None]:
-    """Ends the worker where it hears nothing while jobs wait, once it has begun to listen."""
+def _watched(settings: Settings, worker: NewWorker, deaf: threading.Event) -> Iterator[None]:
+    """Says that the worker lives, and ends it where it hears nothing while jobs wait, once it has begun to listen."""
     database, bell = Database(settings.database), Bell(settings.broker)
 
     def leave() -> None:
@@ -126,7 +130,8 @@ def _watched(settings: Settings, deaf: threading.Event) -> Iterator[None]:
 
     worker_ready.connect(listening)
     try:
-        yield
+        with present(worker, database):
+            yield
     finally:
         worker_ready.disconnect(listening)
         watch.stop()

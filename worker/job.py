@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -26,6 +25,7 @@ from app.records.job import CancelRequested, Job, LeaseLost
 from app.records.jobs import Jobs
 from app.records.owned import resolver_of
 from app.records.upkeep import Upkeep
+from app.records.workers import Workers
 from app.settings import Settings
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import Kernels, load, warm_up
@@ -57,22 +57,32 @@ class Workplace:
     store: LocalStore
     kernels: Kernels
     digests: DigestCache
-    worker: str  # host and process, for the events
+    worker: str  # its name, for the events
 
 
-def open_workplace(settings: Settings) -> Workplace:
-    """Open the database and compile the kernels, so that the first job does not pay for it."""
+def open_workplace(settings: Settings, worker: str) -> Workplace:
+    """Open the database and compile the kernels, so that the first job does not pay for it. ``worker``: its name."""
     kernels = load(settings.device)
     warm_up(kernels)
+    database = Database(settings.database)
+    _tell_device(database, worker, kernels)
     return Workplace(
         settings=settings,
-        jobs=Jobs(Database(settings.database), retry_seconds=settings.retry_seconds),
+        jobs=Jobs(database, retry_seconds=settings.retry_seconds),
         bell=Bell(settings.broker),
         store=LocalStore(settings.artifacts),
         kernels=kernels,
         digests=DigestCache(settings.root / "digests"),
-        worker=f"{socket.gethostname()}-{os.getpid()}",
+        worker=worker,
     )
+
+
+def _tell_device(database: Database, worker: str, kernels: Kernels) -> None:
+    device = torch.cuda.get_device_name() if kernels.name == "cuda" else ""
+    try:
+        Workers(database).set_device(worker, f"{kernels.name}: {device}" if device else kernels.name)
+    except MergeyardError as error:  # people will not see it; the work is the same
+        log.warning("the worker's device is not told: %s", error)
 
 
 def work(place: Workplace, job_id: str, stop: StopRequest) -> Ending:
@@ -80,7 +90,7 @@ def work(place: Workplace, job_id: str, stop: StopRequest) -> Ending:
 
     The one exception is a database that stays away: then the lease runs out, and the janitor decides.
     """
-    job = place.jobs.claim(job_id, lease_seconds=place.settings.lease_seconds, worker=place.worker)
+    job = place.jobs.claim(job_id, lease_seconds=place.settings.lease_seconds, worker=place.worker, process=os.getpid())
     if job is None:
         log.info("nothing to do: taken, finished or cancelled", extra={"merge": job_id})
         return Ending.NOT_OURS

@@ -41,7 +41,8 @@ class Doorbell(Task):  # type: ignore[misc]
         """What this process works with; opening it imports torch and compiles the kernels."""
         from worker.job import open_workplace  # noqa: PLC0415 — the parent must not import torch
 
-        return open_workplace(Settings.model_validate_json(self.app.conf.mergeyard_settings))
+        settings = Settings.model_validate_json(self.app.conf.mergeyard_settings)
+        return open_workplace(settings, self.app.conf.mergeyard_worker)
 
 
 @shared_task(name=TASK, base=Doorbell, bind=True, ignore_result=True)  # type: ignore[untyped-decorator]

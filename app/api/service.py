@@ -27,8 +27,10 @@ from app.records.key import Caller
 from app.records.keys import Keys
 from app.records.owned import OwnedUploads, resolver_of
 from app.records.published import artifact_files
+from app.records.queues import Queues
 from app.records.sessions import Sessions
 from app.records.upkeep import Upkeep
+from app.records.workers import Workers
 from app.settings import Settings
 from app.sources.resolver import Resolver
 from app.sources.uploads import UploadStore
@@ -43,6 +45,8 @@ class Service:
     settings: Settings
     database: Database
     jobs: Jobs
+    queues: Queues
+    workers: Workers
     bell: Bell
     store: LocalStore
     uploads: UploadStore

@@ -14,6 +14,7 @@ from app.records.job import JanitorReport, Job
 from app.records.jobs import Jobs
 from app.records.tally import Tally
 from app.records.upkeep import BATCH, Upkeep
+from app.records.workers import Workers
 from app.sources.uploads import UploadStore
 
 log = logging.getLogger("mergeyard.janitor")
@@ -22,9 +23,9 @@ log = logging.getLogger("mergeyard.janitor")
 class Janitor:
     """Every ``interval`` seconds: free what dead workers hold, ring for what waits, sweep what is left over.
 
-    Any number may run at once. Each also counts events for the metrics. ``store`` None leaves the merges' files alone,
-    ``uploads`` None the uploads'. A job that its worker keeps alive without moving it for ``stalled_after`` seconds is
-    taken away, too.
+    Any number may run at once. Each also counts events for the metrics, and forgets workers that are long lost.
+    ``store`` None leaves the merges' files alone, ``uploads`` None the uploads'. A job that its worker keeps alive
+    without moving it for ``stalled_after`` seconds is taken away, too.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Janitor:
     ) -> None:
         self._upkeep = Upkeep(jobs.database, retry_seconds=jobs.retry_seconds)
         self._tally = Tally(jobs.database)
+        self._workers = Workers(jobs.database)
         self._bell = bell
         self._interval = interval
         self._store = store
@@ -74,6 +76,7 @@ class Janitor:
         finally:
             self._sweep()
             self._tally.count()
+            self._workers.forget()
         return report
 
     def _run(self) -> None:

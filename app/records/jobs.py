@@ -156,8 +156,10 @@ class Jobs:
 
     # ── a worker's ───────────────────────────────────────────────────────────────────────────────
 
-    def claim(self, job_id: str, *, lease_seconds: float, worker: str = "") -> Job | None:
+    def claim(self, job_id: str, *, lease_seconds: float, worker: str = "", process: int = 0) -> Job | None:
         """Compare and set: of any number of claimants of a free job one gets it, with a fresh token, the others None.
+
+        ``worker`` is the worker's name, ``process`` the id of its process that does the work.
 
         Free is: queued and not waiting for its ``retry_at``, or running under a lease that ran out while attempts
         remain. A wait longer than there is means that the database's clock was set back, and binds nobody.
@@ -201,7 +203,12 @@ class Jobs:
             job = rows.read_job(row)
             if before == Status.RUNNING:
                 job = _lose_earlier(connection, job, now)
-            rows.append(connection, job_id, now, ("claimed", {"attempt": job.attempt, "worker": worker}))
+            rows.append(
+                connection,
+                job_id,
+                now,
+                ("claimed", {"attempt": job.attempt, "worker": worker, "process": process}),
+            )
             return job
 
     def heartbeat(

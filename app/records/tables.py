@@ -190,6 +190,19 @@ uploads = Table(
     Column("created_at", UtcTime, nullable=False),
 )
 
+workers = Table(
+    "workers",
+    metadata,
+    Column("name", String(160), primary_key=True),
+    Column("host", String(96), nullable=False),
+    Column("process", BigInteger, nullable=False),
+    Column("device", String(200)),  # once its child is warm
+    Column("queues", JSON, nullable=False),
+    Column("version", String(64), nullable=False),
+    Column("started_at", UtcTime, nullable=False),
+    Column("seen_at", UtcTime, nullable=False),
+)
+
 # No foreign keys: an entry outlives the merge and the key that it names.
 audit = Table(
     "audit",

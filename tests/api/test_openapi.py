@@ -88,6 +88,8 @@ def test_every_path_of_the_issue_is_there() -> None:
         "/merges/{id}/archive.tar": ["get", "head"],
         "/uploads": ["post"],
         "/sources": ["get"],
+        "/queues": ["get"],
+        "/workers": ["get"],
         "/session": ["delete", "get", "post"],
         "/audit": ["get"],
         "/metrics": ["get"],
@@ -104,6 +106,8 @@ def test_every_answer_has_its_documented_shape(api: ServedApi) -> None:
         f"/merges/{merge.id}/events": "/merges/{id}/events",
         f"/merges/{merge.id}/files": "/merges/{id}/files",
         "/sources": "/sources",
+        "/queues": "/queues",
+        "/workers": "/workers",
         "/session": "/session",
         "/audit": "/audit",
         "/healthz": "/healthz",
@@ -145,7 +149,7 @@ def test_the_commands_on_the_page_run(api: ServedApi) -> None:
     merge = api.published({"config.json": b"{}"})
     page = unescape(api.http.get("/docs").text)
     commands = re.findall(r"<pre>(curl .*?)</pre>", page, re.DOTALL)
-    assert len(commands) == 25
+    assert len(commands) == 27
     for command in commands:
         if "-F" in command or "-X" in command:  # files that are not here, and what ends the merge
             continue

@@ -16,7 +16,7 @@ from app.records.bell import TASK
 from app.settings import Settings
 from worker.celery import make_celery
 
-app = make_celery(Settings(data_dir=sys.argv[1]))
+app = make_celery(Settings(data_dir=sys.argv[1]), "w")
 app.loader.import_default_modules()
 assert TASK in app.tasks
 print(*sorted({"torch", "numba", "numpy"} & set(sys.modules)))
@@ -32,4 +32,4 @@ def test_the_parent_process_loads_the_task_but_neither_torch_nor_numba(tmp_path:
 
 
 def test_a_worker_waits_for_its_broker_for_ever(tmp_path: Path) -> None:
-    assert make_celery(Settings(data_dir=tmp_path)).conf.broker_connection_max_retries is None
+    assert make_celery(Settings(data_dir=tmp_path), "w").conf.broker_connection_max_retries is None

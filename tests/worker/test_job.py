@@ -126,11 +126,11 @@ def test_an_attempt_that_lost_its_lease_writes_nothing_and_deletes_its_files(yar
     def lose() -> None:
         held = yard.jobs.get(job.id)
         yard.jobs.hand_back(job.id, held.lease_token or "")
-        yard.jobs.claim(job.id, lease_seconds=60, worker="another")
+        yard.jobs.claim(job.id, lease_seconds=60, process=1)
 
     assert attempt(place, job, lose) is Ending.LOST
     now = yard.jobs.get(job.id)
-    assert now.status is Status.RUNNING and yard.workers(job)[-1] == "another"
+    assert now.status is Status.RUNNING and yard.processes(job)[-1] == 1
     assert yard.files(job) == sorted(shard.file.key for shard in yard.jobs.shards(job.id))
 
 

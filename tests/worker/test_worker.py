@@ -15,6 +15,7 @@ import pytest
 
 from app.errors import MergeyardError
 from app.records.job import Job, Status
+from app.records.workers import Workers, WorkerState
 from app.settings import Settings
 from tests import servers, tiny
 from tests.worker.yard import SHARDED, Yard, open_yard, pool_child, worker
@@ -67,7 +68,22 @@ def test_a_job_goes_from_the_doorbell_to_the_artifact(yard: Yard) -> None:
 
 def test_the_child_stays_warm_between_jobs(yard: Yard) -> None:
     first, second = yard.finish(yard.submit()), yard.finish(yard.submit())
-    assert yard.workers(first) == yard.workers(second)
+    assert yard.processes(first) == yard.processes(second)
+
+
+def test_a_worker_is_listed_while_it_lives_with_what_it_does(empty_yard: Yard) -> None:
+    listed = Workers(empty_yard.jobs.database).list
+    with worker(empty_yard) as process:
+        empty_yard.until(lambda: [one.device for one in listed()] == ["cpu"])
+        (idle,) = listed()
+        assert (idle.process, idle.queues, idle.state) == (process.pid, [empty_yard.settings.queue], WorkerState.IDLE)
+        job = empty_yard.submit(**SHARDED)
+        empty_yard.until_shards(job, 1)
+        (busy,) = listed()
+        assert (busy.name, busy.state, busy.job) == (idle.name, WorkerState.BUSY, job.id)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert listed() == [], "it stopped in good order"
 
 
 def test_two_doorbells_are_one_merge(yard: Yard) -> None:
@@ -94,7 +110,7 @@ def test_a_source_that_changed_after_planning_fails_the_job_and_replaces_the_chi
     assert failed.error["fault"] == "user" and failed.attempt == 1, "no retry can mend it"
     after = yard.finish(yard.submit())
     assert_published(yard, after)
-    assert yard.workers(before) == yard.workers(job) != yard.workers(after)
+    assert yard.processes(before) == yard.processes(job) != yard.processes(after)
 
 
 def test_a_cancel_in_the_middle_of_a_merge_leaves_nothing(yard: Yard) -> None:
@@ -104,7 +120,7 @@ def test_a_cancel_in_the_middle_of_a_merge_leaves_nothing(yard: Yard) -> None:
     cancelled = yard.finish(job, seconds=10)
     assert cancelled.status is Status.CANCELLED and cancelled.artifact is None
     yard.until(lambda: yard.files(job) == [])
-    assert yard.workers(yard.finish(yard.submit())) == yard.workers(job), "a cancel is no failure: the child stays"
+    assert yard.processes(yard.finish(yard.submit())) == yard.processes(job), "a cancel is no failure: the child stays"
 
 
 def test_a_killed_child_costs_an_attempt_and_keeps_the_finished_shards(yard: Yard) -> None:

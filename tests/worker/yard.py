@@ -93,9 +93,9 @@ class Yard:
         """The types of the job's events but for stages and shards."""
         return [event.type for event in self.jobs.events(job.id) if event.type not in ("stage", "shard")]
 
-    def workers(self, job: Job) -> list[str]:
+    def processes(self, job: Job) -> list[int]:
         """The process of each claim."""
-        return [event.data["worker"] for event in self.jobs.events(job.id) if event.type == "claimed"]
+        return [event.data["process"] for event in self.jobs.events(job.id) if event.type == "claimed"]
 
     def files(self, job: Job) -> list[str]:
         return list(self.store.keys(job.id))
@@ -151,4 +151,4 @@ def worker(yard: Yard, *, stderr: IO[str] | int = subprocess.DEVNULL) -> Iterato
 
 def pool_child(yard: Yard, job: Job) -> psutil.Process:
     """The process that works on the job."""
-    return psutil.Process(int(yard.workers(job)[-1].rpartition("-")[2]))
+    return psutil.Process(yard.processes(job)[-1])
