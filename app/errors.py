@@ -6,7 +6,7 @@ Codes are part of the API: they are never renamed. A new failure gets a row in `
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,6 +95,7 @@ CODES: dict[str, Code] = {
     "not_found": Code(404, "user", "Not found"),
     "method_not_allowed": Code(405, "user", "The method is not allowed here"),
     "conflict": Code(409, "user", "Its state does not allow this"),
+    "merge_in_use": Code(409, "user", "An alias points to the merge"),
     "idempotency_mismatch": Code(422, "user", "The Idempotency-Key was used for another request"),
     "range_not_satisfiable": Code(416, "user", "The range cannot be satisfied"),
     "output_exists": Code(409, "user", "The output folder already exists"),
@@ -134,10 +135,14 @@ class Problem:
 
 
 class MergeyardError(Exception):
-    """A user-facing failure made of one or more problems; the first one names the code and the status."""
+    """A user-facing failure made of one or more problems; the first one names the code and the status.
 
-    def __init__(self, code: str, message: str, *, where: str = "") -> None:
+    ``headers``: what its HTTP answer has besides, for clients that do not read problem documents.
+    """
+
+    def __init__(self, code: str, message: str, *, where: str = "", headers: Mapping[str, str] | None = None) -> None:
         self.problems: tuple[Problem, ...] = (Problem(code=code, message=message, where=where),)
+        self.headers: Mapping[str, str] = headers or {}
         super().__init__(self.message)
 
     @classmethod

@@ -12,11 +12,13 @@ from starlette.routing import Route
 
 import app
 from app.api import (
+    aliases,
     audit,
     docs,
     errors,
     files,
     health,
+    hub,
     merges,
     metrics,
     openapi,
@@ -35,6 +37,7 @@ from app.api.middleware import BodyLimit, Measured, RequestIds
 from app.api.readiness import Readiness
 from app.api.service import Service
 from app.artifacts.store import LocalStore
+from app.records.aliases import Aliases
 from app.records.audit import Audit
 from app.records.bell import Bell
 from app.records.database import Database
@@ -101,7 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
     api.add_middleware(Gate)
     api.add_middleware(RequestIds)
     api.add_middleware(Measured)
-    resources = (merges, files, uploads, sources, queues, workers, session, audit, health, metrics, docs)
+    resources = (merges, files, aliases, hub, uploads, sources, queues, workers, session, audit, health, metrics, docs)
     routers = [resource.router for resource in resources]
     for router in routers:
         api.include_router(router)
@@ -124,6 +127,7 @@ def open_service(settings: Settings) -> Service:
         jobs=jobs,
         queues=Queues(database),
         workers=Workers(database),
+        aliases=Aliases(database),
         bell=bell,
         store=store,
         uploads=UploadStore(settings.uploads),

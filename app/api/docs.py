@@ -25,13 +25,16 @@ code, .method { font-family: ui-monospace, monospace; } .method { color: #06c; }
 """
 
 SCRIPT = """
+const suggested = {path: "config.json", namespace: "merges", revision: "main"};
 for (const form of document.forms) form.onsubmit = async (event) => {
   event.preventDefault();
   const {method, path, type} = form.dataset, answer = form.querySelector("output pre");
-  const id = path.includes("{id}") ? prompt("id of the merge") : "";
-  if (id === null) return;
-  const file = path.includes("{path}") ? prompt("name of the file", "config.json") : "";
-  const target = path.replace("{id}", encodeURIComponent(id)).replace("{path}", file);
+  let target = path;
+  for (const [part, name] of path.matchAll(/{(.*?)}/g)) {
+    const value = prompt(name, suggested[name] || "");
+    if (value === null) return;
+    target = target.replace(part, name === "path" ? value : encodeURIComponent(value));
+  }
   const body = form.body && form.body.value, headers = body ? {"Content-Type": type} : {};
   const key = document.getElementById("key").value.trim();
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -44,6 +47,16 @@ for (const form of document.forms) form.onsubmit = async (event) => {
   answer.textContent = `${response.status} ${response.statusText}\\n${shown}`;
 };
 """
+
+# What stands in commands for the parts of a path; a hub client's repository is a merge at its only revision.
+PLACES = {
+    "id": "$ID",
+    "path": "$FILE",
+    "alias": "$ALIAS",
+    "namespace": "merges",
+    "name": "$ID",
+    "revision": "main",
+}
 
 # Kept in the field alone: nothing that other scripts of this origin could read later.
 KEY_FIELD = (
@@ -121,11 +134,14 @@ def _example(path: str, method: str, media_type: str, title: str, text: str, com
 
 
 def curl(path: str, method: str, base_url: str, media_type: str, text: str) -> str:
-    """The command that sends an example. ``$ID`` and ``$FILE`` are the reader's."""
-    url = base_url + path.replace("{id}", "$ID").replace("{path}", "$FILE")
+    """The command that sends an example. ``$ID``, ``$FILE``, ``$ALIAS`` are the reader's."""
+    for name, value in PLACES.items():
+        path = path.replace(f"{{{name}}}", value)
+    url = base_url + path
     if media_type == "multipart/form-data":
         return f'curl {url} -F "files=@adapter_config.json" -F "files=@adapter_model.safetensors"'
-    if text:
-        return f"curl {url} -H 'content-type: {media_type}' --data-binary {shlex.quote(text)}"
     option = {"get": "", "head": "-I "}.get(method, f"-X {method.upper()} ")
+    if text:
+        option = "" if method == "post" else option
+        return f"curl {option}{url} -H 'content-type: {media_type}' --data-binary {shlex.quote(text)}"
     return f"curl {option}{url}"

@@ -104,7 +104,9 @@ def install(app: FastAPI, routes: Sequence[Route]) -> None:
 async def _known(request: Request, error: Exception) -> Response:
     failure = as_mergeyard_error(error)
     log_fault(failure, request.state.request_id)
-    return problem_response(failure, instance=request.url.path, request_id=request.state.request_id)
+    return problem_response(
+        failure, instance=request.url.path, request_id=request.state.request_id, headers=failure.headers
+    )
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,6 +16,7 @@ from app.api.merges import Id, Problem
 from app.api.schemas import FileList
 from app.api.service import Service, Serving
 from app.api.transfer import Stored, serve
+from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records.key import Caller
 
@@ -54,14 +56,7 @@ async def download(caller: Reading, id: Id, path: str, request: Request, serving
     file = files.get(path)
     if file is None:
         raise MergeyardError("not_found", f"The merge has no file of that name; GET /merges/{id}/files lists them.")
-    digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
-    headers = {
-        "Content-Type": CONTENT_TYPES.get(PurePosixPath(file.name).suffix, "application/octet-stream"),
-        "Repr-Digest": f"sha-256=:{digest}:",
-    }
-    etag = f'"{file.sha256}"'
-    response = await serve(request, [Stored(file.key, file.size)], serving.store, etag=etag, headers=headers)
-    return await _recorded(response, request, serving, caller, id, path)
+    return await send_file(request, serving, caller, id, file)
 
 
 @router.get("/archive.tar", response_class=Response, summary="Download everything as one tar", responses=DOWNLOAD)
@@ -77,6 +72,26 @@ async def archive(caller: Reading, id: Id, request: Request, serving: Serving) -
     etag = f'"tar-{job.artifact["manifest_sha256"]}"'
     response = await serve(request, tar_segments(files.values()), serving.store, etag=etag, headers=headers)
     return await _recorded(response, request, serving, caller, id, "archive.tar")
+
+
+async def send_file(
+    request: Request,
+    serving: Service,
+    caller: Caller,
+    id: str,
+    file: StoredFile,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """A file of the merge ``id``, whole or in part, under whichever path it was asked for."""
+    digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
+    described = {
+        "Content-Type": CONTENT_TYPES.get(PurePosixPath(file.name).suffix, "application/octet-stream"),
+        "Repr-Digest": f"sha-256=:{digest}:",
+        **(headers or {}),
+    }
+    etag = f'"{file.sha256}"'
+    response = await serve(request, [Stored(file.key, file.size)], serving.store, etag=etag, headers=described)
+    return await _recorded(response, request, serving, caller, id, file.name)
 
 
 async def _recorded(

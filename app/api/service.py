@@ -17,6 +17,7 @@ from app.api.readiness import Readiness
 from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
 from app.errors import MergeyardError
+from app.records.aliases import Aliases
 from app.records.audit import Audit
 from app.records.bell import Bell
 from app.records.database import Database
@@ -47,6 +48,7 @@ class Service:
     jobs: Jobs
     queues: Queues
     workers: Workers
+    aliases: Aliases
     bell: Bell
     store: LocalStore
     uploads: UploadStore

@@ -9,6 +9,11 @@ from typing import Any
 MANIFEST_NAME = "mergeyard.json"
 
 
+def commit_of(manifest_sha256: str) -> str:
+    """The 40 hex digits that hub clients know an artifact by: the same for the same files, and never for others."""
+    return manifest_sha256[:40]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFile:
     """A file of an artifact: the ``name`` users see, the ``key`` it has in the store, its size and digest."""

@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
-from app.records import audit, rows, transitions
+from app.records import aliases, audit, rows, transitions
 from app.records.database import Database, clock
 from app.records.job import Beat, Event, Idempotency, Job, NewJob, Page, Shard, Stage, Status
 from app.records.key import Caller
@@ -145,9 +145,13 @@ class Jobs:
             return written
 
     def delete(self, job_id: str, *, by: Caller | None = None) -> Job:
-        """Hide a finished job, else ``conflict``. Its files are the caller's or the janitor's to delete."""
+        """Hide a finished job, else ``conflict``; ``merge_in_use`` while an alias points to it.
+
+        Its files are the caller's or the janitor's to delete.
+        """
         with self.database.write() as connection:
             job = rows.get(connection, job_id, by=by, lock=True)
+            aliases.check_unaliased(connection, job_id)
             _record(connection, by, "deleted", job_id)
             written = rows.apply(connection, job, transitions.delete(job, clock(connection)))
             # The key may be used again: it must not lead to a job nobody can see.

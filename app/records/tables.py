@@ -14,6 +14,7 @@ from sqlalchemy import (
     DateTime,
     Dialect,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -201,6 +202,32 @@ workers = Table(
     Column("version", String(64), nullable=False),
     Column("started_at", UtcTime, nullable=False),
     Column("seen_at", UtcTime, nullable=False),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("owner", String(96), primary_key=True),
+    Column("name", String(96), primary_key=True),
+    Column("merge", String(96), ForeignKey("jobs.id"), nullable=False, index=True),  # no cascade: the row must stay
+    Column("commit", String(40), nullable=False),  # of its artifact; see manifest.commit_of
+    Column("created_at", UtcTime, nullable=False),
+    Column("moved_at", UtcTime, nullable=False),
+)
+
+# What an alias has pointed to. A merge that it left may be deleted; the row here stays.
+alias_moves = Table(
+    "alias_moves",
+    metadata,
+    Column("id", RowNumber, primary_key=True, autoincrement=True),
+    Column("owner", String(96), nullable=False),
+    Column("name", String(96), nullable=False),
+    Column("merge", String(96), nullable=False),
+    Column("commit", String(40), nullable=False),
+    Column("at", UtcTime, nullable=False),
+    Column("key_id", String(16)),
+    ForeignKeyConstraint(["owner", "name"], ["aliases.owner", "aliases.name"], ondelete="CASCADE"),
+    Index(None, "owner", "name", "id"),
 )
 
 # No foreign keys: an entry outlives the merge and the key that it names.

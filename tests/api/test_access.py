@@ -21,6 +21,7 @@ ROUTES = {(method, path) for path, operations in DOCUMENT["paths"].items() for m
 
 # What each caller's request to alice's merge is answered with. A new route needs a line here.
 CALLERS = ("nobody", "wrong", "expired", "revoked", "reader", "merger", "alice", "bob", "admin")
+MODEL = "/api/models/{namespace}/{name}"
 NEEDS = {"/audit": "admin", "/metrics": "metrics"}  # elsewhere merge or read
 EXPECTED = {
     ("post", "/merges"): (401, 401, 401, 401, 403, 202, 202, 202, 202),
@@ -35,6 +36,16 @@ EXPECTED = {
     ("head", "/merges/{id}/files/{path}"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
     ("get", "/merges/{id}/archive.tar"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
     ("head", "/merges/{id}/archive.tar"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+    ("get", "/aliases"): (401, 401, 401, 401, 200, 403, 200, 200, 200),
+    ("get", "/aliases/{alias}"): (401, 401, 401, 401, 200, 403, 200, 404, 404),
+    ("put", "/aliases/{alias}"): (401, 401, 401, 401, 403, 201, 201, 404, 404),
+    ("delete", "/aliases/{alias}"): (401, 401, 401, 401, 403, 204, 204, 404, 404),
+    ("get", f"{MODEL}"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+    ("get", f"{MODEL}/revision/{{revision}}"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+    ("get", f"{MODEL}/tree/{{revision}}"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+    ("get", f"{MODEL}/tree/{{revision}}/{{path}}"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+    ("get", "/{namespace}/{name}/resolve/{revision}/{path}"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+    ("head", "/{namespace}/{name}/resolve/{revision}/{path}"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
     ("post", "/uploads"): (401, 401, 401, 401, 403, 201, 200, 201, 201),
     ("get", "/sources"): (401, 401, 401, 401, 200, 403, 200, 200, 200),
     ("get", "/queues"): (401, 401, 401, 401, 200, 403, 200, 200, 200),
@@ -71,7 +82,7 @@ def test_a_route_lets_in_whom_it_should(guarded: GuardedApi, method: str, path: 
             problem(answer, 403, f"scope_{scope}_required")
             assert f'error="insufficient_scope", scope="{scope}"' in answer.headers["www-authenticate"]
         elif answer.status_code == 404:
-            absent = guarded.send(caller, method, filled(path, "mrg-nowhere"))
+            absent = guarded.send(caller, method, filled(path, "mrg-nowhere"), **body(method, path, "mrg-nowhere"))
             assert comparable(answer) == comparable(absent)
 
 
@@ -87,19 +98,32 @@ def send(guarded: GuardedApi, caller: str, method: str, path: str, folder: Path)
     if path.endswith("/cancel"):
         merge = guarded.served.queued(owner="alice").id
     else:
-        merge = guarded.served.published({"config.json": b"{}"}, owner="alice").id
-    options: dict[str, Any] = {}
+        merge = guarded.served.published({"config.json": b"{}", "folder/a.json": b"{}"}, owner="alice").id
+    if path == "/aliases/{alias}" and method != "put":
+        assert guarded.send("alice", "put", f"/aliases/{merge}", json={"merge": merge}).status_code == 201
+    options = body(method, path, merge)
     if path == "/uploads":
         if not (adapter := folder / "adapter").exists():
             files.write_adapter(adapter, files.lora_tensors(seed=31))
         options = {"files": parts_of(adapter)}
-    elif method == "post" and path in ("/merges", "/merges/plan"):
-        options = {"json": {"recipe": RECIPE}}
     return guarded.send(caller, method, filled(path, merge), **options)
 
 
+def body(method: str, path: str, merge: str) -> dict[str, Any]:
+    if method == "post" and path in ("/merges", "/merges/plan"):
+        return {"json": {"recipe": RECIPE}}
+    return {"json": {"merge": merge}} if method == "put" else {}
+
+
 def filled(path: str, merge: str) -> str:
-    return path.replace("{id}", merge).replace("{path}", "config.json")
+    """The path of a merge, of a repository with the merge in it, or of an alias that has the merge's name."""
+    file = "folder" if "/tree/" in path else "config.json"
+    parts = {"namespace": "merges", "revision": "main", "path": file}
+    for name in ("id", "alias", "name"):
+        parts[name] = merge
+    for name, value in parts.items():
+        path = path.replace(f"{{{name}}}", value)
+    return path
 
 
 def comparable(answer: Any) -> dict[str, Any]:

@@ -17,9 +17,9 @@ DOCUMENT = create_app(Settings()).openapi()
 
 
 def body_examples() -> list[Any]:
-    """(path, media type, name, value) of every documented request body."""
+    """(method, path, media type, value) of every documented request body."""
     return [
-        pytest.param(path, media_type, example["value"], id=f"{method} {path} {name}")
+        pytest.param(method, path, media_type, example["value"], id=f"{method} {path} {name}")
         for path, operations in DOCUMENT["paths"].items()
         for method, operation in operations.items()
         for media_type, content in operation.get("requestBody", {}).get("content", {}).items()
@@ -63,17 +63,22 @@ def problems_of(  # noqa: PLR0911 (one kind of schema a return)
     return []
 
 
-@pytest.mark.parametrize(("path", "media_type", "value"), body_examples())
-def test_a_documented_request_runs(api: ServedApi, path: str, media_type: str, value: Any) -> None:
+@pytest.mark.parametrize(("method", "path", "media_type", "value"), body_examples())
+def test_a_documented_request_runs(api: ServedApi, method: str, path: str, media_type: str, value: Any) -> None:
+    if path == "/aliases/{alias}":
+        value = {"merge": api.published({"config.json": b"{}"}).id}
     sent = {"json": value} if media_type == "application/json" else {"content": value}
-    response = api.http.post(path, headers={"content-type": media_type}, **sent)
+    response = api.http.request(
+        method, path.replace("{alias}", "documented"), headers={"content-type": media_type}, **sent
+    )
     assert response.is_success, response.text
-    declared = DOCUMENT["paths"][path]["post"]["responses"][str(response.status_code)]
+    declared = DOCUMENT["paths"][path][method]["responses"][str(response.status_code)]
     assert problems_of(response.json(), declared["content"]["application/json"]["schema"]) == []
 
 
 def test_there_are_examples_of_every_way_to_send_a_recipe() -> None:
-    assert len(body_examples()) == 6
+    recipes = [example for example in body_examples() if example.values[1].startswith("/merges")]
+    assert len(recipes) == 6
 
 
 def test_every_path_of_the_issue_is_there() -> None:
@@ -86,6 +91,13 @@ def test_every_path_of_the_issue_is_there() -> None:
         "/merges/{id}/files": ["get"],
         "/merges/{id}/files/{path}": ["get", "head"],
         "/merges/{id}/archive.tar": ["get", "head"],
+        "/aliases": ["get"],
+        "/aliases/{alias}": ["delete", "get", "put"],
+        "/api/models/{namespace}/{name}": ["get"],
+        "/api/models/{namespace}/{name}/revision/{revision}": ["get"],
+        "/api/models/{namespace}/{name}/tree/{revision}": ["get"],
+        "/api/models/{namespace}/{name}/tree/{revision}/{path}": ["get"],
+        "/{namespace}/{name}/resolve/{revision}/{path}": ["get", "head"],
         "/uploads": ["post"],
         "/sources": ["get"],
         "/queues": ["get"],
@@ -99,12 +111,20 @@ def test_every_path_of_the_issue_is_there() -> None:
 
 
 def test_every_answer_has_its_documented_shape(api: ServedApi) -> None:
-    merge = api.published({"config.json": b"{}"})
+    merge = api.published({"config.json": b"{}", "folder/config.json": b"{}"})
+    api.http.put("/aliases/shaped", json={"merge": merge.id})
+    model = "/api/models/{namespace}/{name}"
     for path, template in {
         "/merges": "/merges",
         f"/merges/{merge.id}": "/merges/{id}",
         f"/merges/{merge.id}/events": "/merges/{id}/events",
         f"/merges/{merge.id}/files": "/merges/{id}/files",
+        "/aliases": "/aliases",
+        "/aliases/shaped": "/aliases/{alias}",
+        f"/api/models/merges/{merge.id}": model,
+        f"/api/models/merges/{merge.id}/revision/main": f"{model}/revision/{{revision}}",
+        f"/api/models/merges/{merge.id}/tree/main?recursive=true": f"{model}/tree/{{revision}}",
+        f"/api/models/merges/{merge.id}/tree/main/folder": f"{model}/tree/{{revision}}/{{path}}",
         "/sources": "/sources",
         "/queues": "/queues",
         "/workers": "/workers",
@@ -146,12 +166,14 @@ def test_the_page_shows_every_operation_and_loads_nothing_from_elsewhere(api: Se
 
 
 def test_the_commands_on_the_page_run(api: ServedApi) -> None:
-    merge = api.published({"config.json": b"{}"})
+    merge = api.published({"config.json": b"{}", "folder/config.json": b"{}"})
+    api.http.put("/aliases/shown", json={"merge": merge.id})
     page = unescape(api.http.get("/docs").text)
     commands = re.findall(r"<pre>(curl .*?)</pre>", page, re.DOTALL)
-    assert len(commands) == 27
+    assert len(commands) == 37
     for command in commands:
         if "-F" in command or "-X" in command:  # files that are not here, and what ends the merge
             continue
-        response = run_curl(command.replace("$ID", merge.id).replace("$FILE", "config.json"))
+        file = "folder" if "/tree/" in command else "config.json"
+        response = run_curl(command.replace("$ID", merge.id).replace("$FILE", file).replace("$ALIAS", "shown"))
         assert response.is_success, command

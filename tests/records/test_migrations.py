@@ -14,9 +14,11 @@ from sqlalchemy import JSON, Column, Integer, MetaData, insert, select
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
+from app.records.aliases import Aliases
 from app.records.database import Database, migrations_config
 from app.records.job import Idempotency
 from app.records.jobs import Jobs
+from app.records.key import Caller
 from app.records.tables import UtcTime, metadata
 from tests import servers
 from tests.records.submitting import ARTIFACT, new_job
@@ -69,6 +71,7 @@ def fill(database: Database) -> None:
             jobs.confirm_cancelled(job.id, running.lease_token)
         if end == "succeeded":
             jobs.publish(job.id, running.lease_token, ARTIFACT)
+            Aliases(database).point("production", job.id, by=Caller(owner=job.owner))
         if end == "failed":
             jobs.fail(job.id, running.lease_token, MergeyardError("internal", "x"), retry=True)
     with database.write() as connection:
