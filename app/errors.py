@@ -88,6 +88,7 @@ CODES: dict[str, Code] = {
     "csrf_token_wrong": Code(403, "user", "The session's CSRF token is missing or wrong"),
     "session_ended": Code(401, "user", "The session has ended"),
     "rate_limited": Code(429, "user", "Too many requests"),
+    "too_many_streams": Code(429, "user", "Too many event streams are open"),
     # requests
     "request_invalid": Code(422, "user", "The request is not valid"),
     "body_too_large": Code(413, "user", "The request body is too large"),
@@ -107,6 +108,7 @@ CODES: dict[str, Code] = {
     "out_of_memory": Code(507, "system", "There is not enough memory"),
     "broker_unavailable": Code(503, "system", "The queue cannot be reached"),
     "database_unavailable": Code(503, "system", "The database cannot be reached"),
+    "streams_exhausted": Code(503, "system", "No event stream is free"),
     "not_ready": Code(503, "system", "The service is not ready"),
     "internal": Code(500, "system", "Something went wrong inside Mergeyard"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -36,11 +37,13 @@ from app.api.limits import RateLimits
 from app.api.middleware import BodyLimit, Measured, RequestIds
 from app.api.readiness import Readiness
 from app.api.service import Service
+from app.api.streams import Streams
 from app.artifacts.store import LocalStore
 from app.records.aliases import Aliases
 from app.records.audit import Audit
 from app.records.bell import Bell
 from app.records.database import Database
+from app.records.following import Following
 from app.records.janitor import Janitor
 from app.records.jobs import Jobs
 from app.records.keys import Keys
@@ -52,6 +55,7 @@ from app.settings import Settings
 from app.sources.uploads import UploadStore
 
 UPLOADS_AT_ONCE = 8  # more wait their turn
+CATCHING_UP_AT_ONCE = 4  # event streams that read what happened before
 
 DESCRIPTION = """\
 Turns a library of specialist LoRA adapters and fine-tuned checkpoints into one deployable model.
@@ -79,10 +83,13 @@ def create_app(settings: Settings) -> FastAPI:
         )
         api.state.service = service
         api.state.upload_limiter = CapacityLimiter(UPLOADS_AT_ONCE)
+        api.state.catch_up_limiter = CapacityLimiter(CATCHING_UP_AT_ONCE)
         janitor.start()
+        streaming = asyncio.create_task(service.streams.run())
         try:
             yield
         finally:
+            streaming.cancel()
             await run_in_threadpool(janitor.stop)
             await run_in_threadpool(service.failures.flush)
             service.limits.close()
@@ -121,6 +128,7 @@ def open_service(settings: Settings) -> Service:
     keys, sessions, entries = Keys(database), Sessions(database), Audit(database)
     bell = Bell(settings.broker)
     readiness = Readiness(database, bell, settings.artifacts)
+    figures = Figures(database, readiness, {"store": settings.artifacts, "data": settings.root})
     return Service(
         settings=settings,
         database=database,
@@ -139,5 +147,11 @@ def open_service(settings: Settings) -> Service:
         limits=RateLimits(settings),
         failures=Failures(entries),
         readiness=readiness,
-        figures=Figures(database, readiness, {"store": settings.artifacts, "data": settings.root}),
+        figures=figures,
+        streams=Streams(
+            Following(database),
+            figures.open_streams,
+            most=settings.max_streams,
+            most_of_one=settings.max_streams_per_key,
+        ),
     )

@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     rate_requests: int = Field(1200, ge=0, description="Requests a minute with one key; 0: no limit")
     rate_writes: int = Field(240, ge=0, description="Of these, what is not GET or HEAD; 0: no limit")
     rate_failures: int = Field(30, ge=0, description="Wrong keys a minute from one address; 0: no limit")
+    max_streams: int = Field(2000, ge=0, description="Event streams open at once in one API process")
+    max_streams_per_key: int = Field(100, ge=0, description="Of these, with one key; without keys, from one address")
     session_hours: float = Field(12.0, gt=0, le=24 * 30, description="How long a page stays signed in")
     queue: str = Field("default", description="The queue this worker serves")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")

@@ -250,19 +250,25 @@ def status(id: MergeId, as_json: AsJson = False, url: Url = LOCAL, api_key: ApiK
 def events(
     id: MergeId,
     after: Annotated[int, typer.Option(min=0, help="Only events with a greater id.")] = 0,
+    follow: Annotated[bool, typer.Option(help="Go on until the merge has finished.")] = True,
     as_json: AsJson = False,
     url: Url = LOCAL,
     api_key: ApiKey = "",
 ) -> None:
-    """Show what happened to a merge, in order."""
+    """Show what happened to a merge, and follow it until it has finished. --json shows what there is, and ends."""
     from mergeyard import display
 
-    with _client(url, api_key) as client:
-        page = client.events(id, after=after, limit=1000)
-    if as_json:
-        print_json(page)
-    else:
-        display.show_events(page)
+    with _client(url, api_key, patient=follow and not as_json) as client:
+        if as_json:
+            print_json(client.events(id, after=after, limit=1000))
+            return
+        try:
+            found = client.follow(id, after=after) if follow else client.events(id, after=after, limit=1000)["items"]
+            for event in found:
+                display.show_event(event)
+        except KeyboardInterrupt:
+            display.note(f"The merge goes on; `mergeyard events {id}` shows the rest.")
+            raise typer.Exit(130) from None
 
 
 @cli.command()

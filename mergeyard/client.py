@@ -19,11 +19,13 @@ import httpx
 
 from mergeyard.answers import (
     ApiError,
+    Event,
     EventPage,
     FileList,
     Merge,
     MergePage,
     Plan,
+    Progress,
     QueueList,
     SourceList,
     Upload,
@@ -31,10 +33,12 @@ from mergeyard.answers import (
     read_error,
 )
 from mergeyard.download import LONGEST_PAUSE, OnProgress, fetch_all
+from mergeyard.messages import EVENT_STREAM, read_messages
 
 FINISHED = frozenset({"succeeded", "failed", "cancelled"})
 RETRIED_STATUSES = frozenset({429, 502, 503, 504})
 MAX_POLL_SECONDS = 5.0
+SILENCE_SECONDS = 60.0  # an event stream sends something every 15 s
 
 
 class Client:
@@ -107,6 +111,48 @@ class Client:
         """What happened to the merge after event ``after``, in order."""
         params = {"after": after, "limit": limit}
         return self._json("GET", f"/merges/{merge_id}/events", params=params)  # type: ignore[no-any-return]
+
+    def follow(
+        self, merge_id: str, *, after: int = 0, on_progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[Event]:
+        """What happened to the merge after event ``after``, and what happens from then on, until it has finished.
+
+        A stream that breaks is taken up again where it ended; ApiError where that fails ``retries`` times in a row.
+        """
+        pauses = _pauses(self._retries)
+        while True:
+            problem: ApiError | None = None
+            headers = {"Accept": EVENT_STREAM, "Last-Event-ID": str(after)}
+            try:
+                with self._http.stream(
+                    "GET", f"/merges/{merge_id}/events", headers=headers, timeout=SILENCE_SECONDS
+                ) as response:
+                    if response.status_code == 204:  # it has finished, and nothing is new
+                        return
+                    if response.headers.get("content-type", "").partition(";")[0] != EVENT_STREAM:
+                        response.read()
+                        raise read_error(response)
+                    for message in read_messages(response.iter_lines()):
+                        pauses = _pauses(self._retries)
+                        if message.event == "progress":
+                            if on_progress is not None:
+                                on_progress(message.data)
+                            continue
+                        event: Event = message.data
+                        after = event["id"]
+                        yield event
+                        if event["type"] in FINISHED:
+                            return
+            except httpx.TransportError as error:
+                problem = _unreachable(self.url, error)
+            except ApiError as error:
+                if error.status not in RETRIED_STATUSES:
+                    raise
+                problem = error
+            pause = next(pauses, None)
+            if pause is None:
+                raise problem or ApiError("unexpected_response", 200, f"{self.url} ends its event streams at once.")
+            time.sleep(pause)
 
     def cancel(self, merge_id: str) -> Merge:
         """Ask the merge to stop. Its status is then cancelled, or cancelling until its worker has let go."""

@@ -23,7 +23,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from app.artifacts.manifest import Manifest
-    from mergeyard.answers import EventPage, Merge, MergePage, MergeSummary
+    from mergeyard.answers import Event, Merge, MergePage, MergeSummary
 
 STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 LONGEST_LIST = 12
@@ -217,9 +217,9 @@ def show_page(page: MergePage) -> None:
         note(f"More: --cursor {page['next_cursor']}", style="dim")
 
 
-def show_events(page: EventPage) -> None:
-    rows = [(str(event["id"]), event["at"], event["type"], _listed(event["data"])) for event in page["items"]]
-    _columns(("id", "at", "event", "data"), rows)
+def show_event(event: Event) -> None:
+    """A line: its number, its time, what happened."""
+    say(f"{event['id']:<6} {event['at']:<32} {event['type']:<16} {_listed(event['data'])}".rstrip())
 
 
 def show_keys(keys: Sequence[Mapping[str, Any]]) -> None:

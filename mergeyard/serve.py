@@ -36,16 +36,30 @@ def serve(settings: Settings, descriptor: int | None = None) -> None:
     if keyless := check_exposure(host, database):
         log.warning(keyless)
     database.close()
-    config = uvicorn.Config(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        server_header=False,
-        log_config=None,  # its lines go where ours go
-    )
-    uvicorn.Server(config).run(sockets=sockets)
+    Server(settings).run(sockets=sockets)
+
+
+class Server(uvicorn.Server):
+    """The HTTP server of the service."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._api = create_app(settings)
+        super().__init__(
+            uvicorn.Config(
+                self._api,
+                host=settings.host,
+                port=settings.port,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+                server_header=False,
+                log_config=None,  # its lines go where ours go
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Event streams end first: uvicorn would wait for them, and tells the application only after that."""
+        self._api.state.service.streams.close()
+        await super().shutdown(sockets)
 
 
 def check_exposure(host: str, database: Database) -> str:

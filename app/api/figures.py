@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -76,6 +76,9 @@ class Figures:
             ("method", "route"),
             buckets=LATENCIES,
             registry=self.registry,
+        )
+        self.open_streams = Gauge(
+            "mergeyard_event_streams", "Event streams that are open in this process.", registry=self.registry
         )
         self.registry.register(_Recorded(database, readiness, folders))
         ProcessCollector(registry=self.registry)

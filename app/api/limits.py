@@ -71,7 +71,7 @@ class RateLimits:
 
     def of_failure(self, address: str | None) -> Quota:
         """Count a request from ``address`` whose key is no good. Good keys from there are not held up by it."""
-        return self._take(_network(address), ("failures",))
+        return self._take(network(address), ("failures",))
 
     def close(self) -> None:
         self._pool.disconnect()
@@ -105,7 +105,7 @@ def _redis_url(broker: str) -> str:
     return broker
 
 
-def _network(address: str | None) -> str:
+def network(address: str | None) -> str:
     """Whom an address stands for: of IPv6, the /64 that one subscriber has."""
     try:
         found = ipaddress.ip_address(address or "")

@@ -11,7 +11,9 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 
 from app.api.callers import Merging, Reading
 from app.api.envelope import Body, Envelope, Submission, read_submission, submitted
+from app.api.eventstream import MEDIA_TYPE, PAGE, EventStream, wants_stream
 from app.api.examples import submission_body
+from app.api.limits import network
 from app.api.ranges import none_match
 from app.api.schemas import (
     EventPage,
@@ -24,11 +26,13 @@ from app.api.schemas import (
     estimates,
     merge_url,
 )
-from app.api.service import Serving
+from app.api.service import Service, Serving
 from app.errors import MergeyardError
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
+from app.records.following import Standing
 from app.records.job import Idempotency, Job, NewJob, Status
+from app.records.key import Caller
 
 POLL_SECONDS = 1  # Retry-After of an unfinished merge; a worker writes its progress at most twice a second
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -125,15 +129,43 @@ def get_merge(
     return Merge.of(job)
 
 
-@router.get("/{id}/events", response_model=EventPage, summary="What happened to a merge", responses={404: Problem})
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A page of events; with `Accept: text/event-stream`, those that are there and those to come",
+        "content": {
+            MEDIA_TYPE: {
+                "schema": {"type": "string"},
+                "example": "id: 7\nevent: claimed\ndata: {…}\n\nevent: progress\ndata: {…}\n\n",
+            }
+        },
+    },
+    204: {"description": "Of a stream: the merge has ended, and the client knows all of it. An EventSource stops"},
+    404: Problem,
+    422: Problem,
+    503: {**Problem, "description": "No event stream is free, or the database is away"},
+}
+
+
+@router.get("/{id}/events", response_model=EventPage, summary="What happened to a merge", responses=EVENTS)
 def events(
     caller: Reading,
     id: Id,
+    request: Request,
+    response: Response,
     serving: Serving,
     after: Annotated[int, Query(ge=0, lt=1 << 62, description="Only events with a greater id")] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
-) -> EventPage:
-    """Append-only, in order. Ask again with `after` to see what is new."""
+    limit: Annotated[int, Query(ge=1, le=1000, description="Of a page; a stream has no end but the merge's")] = 200,
+    last_event_id: Annotated[
+        int | None, Header(ge=0, lt=1 << 62, description="As `after`, and before it: what an EventSource sends")
+    ] = None,
+) -> Any:
+    """Append-only, in order. Ask again with `after` to see what is new, or follow: with `Accept: text/event-stream`
+    events are sent as they happen (server-sent events), with progress between them, until the merge has ended.
+    """
+    after = after if last_event_id is None else last_event_id
+    if wants_stream(request.headers.get("accept", "")):
+        return _stream(caller, id, request, serving, after)
+    response.headers["Vary"] = "Accept"
     found = serving.jobs.events(id, after=after, limit=limit, by=caller)
     return EventPage(items=[MergeEvent.of(event) for event in found], after=found[-1].id if found else after)
 
@@ -158,6 +190,24 @@ def cancel(caller: Merging, id: Id, serving: Serving, response: Response) -> Mer
 def delete(caller: Merging, id: Id, serving: Serving) -> None:
     """Removes a finished merge with its artifact. Unfinished ones are a 409: cancel them first."""
     serving.discard(serving.jobs.delete(id, by=caller))
+
+
+def _stream(caller: Caller, job_id: str, request: Request, serving: Service, after: int) -> Response:
+    job = serving.jobs.get(job_id, by=caller)  # before the events: whatever it says of the merge's end is in them
+    first = serving.jobs.events(job_id, after=after, limit=PAGE)
+    if job.status.finished and not first:
+        return Response(status_code=204)
+    address = request.client.host if request.client else None
+    return EventStream(
+        serving.streams,
+        job_id,
+        who=caller.key_id or network(address),
+        after=after,
+        standing=Standing.of(job),
+        first=first,
+        read_on=lambda number: serving.jobs.events(job_id, after=number, limit=PAGE),
+        limiter=request.app.state.catch_up_limiter,
+    )
 
 
 def _idempotency(owner: str, key: str | None, submission: Submission) -> Idempotency | None:

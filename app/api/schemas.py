@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.artifacts.manifest import MANIFEST_NAME, StoredFile
 from app.planning.plan import Plan, PlannedSource, ShardPlan
+from app.records.following import Standing
 from app.records.job import Event, Job, Stage, Status
 from app.sources.catalogue import CatalogueEntry
 from app.sources.safetensors import DTYPE_BYTES
@@ -160,6 +161,26 @@ class MergeEvent(Document):
     @classmethod
     def of(cls, event: Event) -> MergeEvent:
         return cls(id=event.id, type=event.type, at=event.at, data=dict(event.data))
+
+
+class StreamProgress(Progress):
+    """Where a merge stands, in an event stream: the data of `progress`, which has no number and is not kept."""
+
+    status: Status
+    stage: Stage | None
+    attempt: int
+
+    @classmethod
+    def of(cls, standing: Standing) -> StreamProgress:
+        done = min(standing.bytes_done, standing.bytes_total)
+        return cls(
+            bytes_done=done,
+            bytes_total=standing.bytes_total,
+            fraction=done / standing.bytes_total if standing.bytes_total else 0.0,
+            status=standing.status,
+            stage=standing.stage,
+            attempt=standing.attempt,
+        )
 
 
 class EventPage(Document):

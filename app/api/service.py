@@ -14,6 +14,7 @@ from app.api.failures import Failures
 from app.api.figures import Figures
 from app.api.limits import RateLimits
 from app.api.readiness import Readiness
+from app.api.streams import Streams
 from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
 from app.errors import MergeyardError
@@ -61,6 +62,7 @@ class Service:
     failures: Failures
     readiness: Readiness
     figures: Figures
+    streams: Streams
 
     def resolver(self, owner: str) -> Resolver:
         """Where the references of this owner's recipes lead."""

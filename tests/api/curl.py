@@ -19,7 +19,7 @@ def run_curl(command: str, folder: Path = Path()) -> httpx.Response:
     parser.add_argument("--data-binary", dest="data")
     parser.add_argument("-r", dest="range")
     parser.add_argument("-o", dest="output")
-    for flag in ("-s", "-i", "-I", "-O"):
+    for flag in ("-s", "-i", "-I", "-N", "-O"):
         parser.add_argument(flag, action="store_true")
     program, *arguments = shlex.split(command)
     assert program == "curl"

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from app.api.examples import RECIPE
 from app.artifacts.manifest import MANIFEST_NAME
 from app.artifacts.store import LocalStore
-from app.main import create_app
 from app.records.database import Database
 from app.records.job import Job, NewJob
 from app.records.jobs import Jobs
 from app.settings import Settings
+from mergeyard.serve import Server
 from tests import files
 from tests.records.submitting import wait_a_moment
 
@@ -119,9 +118,8 @@ def write_sources(root: Path) -> Path:
 
 @contextmanager
 def serving(settings: Settings) -> Iterator[ServedApi]:
-    """``create_app(settings)`` under uvicorn in a thread, on a free port."""
-    config = uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_config=None)
-    server = uvicorn.Server(config)
+    """``mergeyard api`` in a thread, on a free port."""
+    server = Server(settings.model_copy(update={"port": 0}))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 20

@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_its_commands_run_in_order(fresh_api: ServedApi, folder: Path) -> None:
     merge = fresh_api.published({"model.safetensors": bytes(1000)})
-    assert len(COMMANDS) == 28
+    assert len(COMMANDS) == 29
     for command in COMMANDS:
         here = command.replace("http://127.0.0.1:8000", fresh_api.url).replace("$ID", merge.id)
         if command.endswith("/cancel"):

@@ -249,3 +249,48 @@ class TestDownload:
             client(shop).download("mrg-1", tmp_path)
         assert raised.value.code == "output_exists"
         assert (tmp_path / "config.json").read_text() == "mine"
+
+
+class TestFollow:
+    @staticmethod
+    def stream(*messages: str) -> httpx.Response:
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, text="".join(messages))
+
+    @staticmethod
+    def event(number: int, kind: str) -> str:
+        return f'event: {kind}\ndata: {{"id": {number}, "type": "{kind}", "at": "", "data": {{}}}}\nid: {number}\n\n'
+
+    def test_goes_on_where_a_stream_broke_and_ends_with_the_merge(self) -> None:
+        asked: list[str] = []
+        answers = [
+            self.stream("retry: 2000\n\n", self.event(1, "submitted"), ": still here\n\n", "event: claimed\ndata: {"),
+            httpx.Response(503, headers={"retry-after": "2"}),
+            self.stream(self.event(2, "claimed"), 'event: progress\ndata: {"fraction": 0.5}\n\n'),
+            self.stream(self.event(3, "succeeded"), self.event(4, "never")),
+        ]
+
+        def handler(request: httpx.Request) -> httpx.Response:
+            asked.append(request.headers["last-event-id"])
+            assert request.headers["accept"] == "text/event-stream"
+            return answers.pop(0)
+
+        progress: list[Any] = []
+        events = client(handler).follow("mrg-1", on_progress=progress.append)
+        assert [event["type"] for event in events] == ["submitted", "claimed", "succeeded"]
+        assert asked == ["0", "1", "1", "2"] and progress == [{"fraction": 0.5}]
+
+    def test_a_merge_whose_end_is_known_has_nothing_to_tell(self) -> None:
+        assert list(client(lambda _: httpx.Response(204)).follow("mrg-1", after=9)) == []
+
+    def test_gives_up_what_breaks_again_and_again(self, pauses: list[float]) -> None:
+        def handler(_: httpx.Request) -> httpx.Response:
+            raise httpx.ReadError("reset")
+
+        with pytest.raises(ApiError) as raised:
+            list(client(handler, retries=3).follow("mrg-1"))
+        assert raised.value.code == "unreachable" and len(pauses) == 3
+
+    def test_a_page_that_is_not_ours_is_no_stream(self) -> None:
+        with pytest.raises(ApiError) as raised:
+            list(client(lambda _: httpx.Response(200, text="<html>")).follow("mrg-1"))
+        assert raised.value.code == "unexpected_response"
