@@ -27,6 +27,7 @@ class StoreSink:
         """``persist`` (``Lease.persist``) makes a write and waits out a database that is away for a while."""
         assert job.lease_token is not None
         self._store, self._jobs, self._persist = store, jobs, persist
+        self.keep_free = store.keep_free
         self._job_id, self._token = job.id, job.lease_token
         self._recorded = {shard.file.name: shard for shard in jobs.shards(job.id)}
         self._statistics: dict[str, Mapping[str, TensorStatistics]] = {}

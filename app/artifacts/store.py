@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
-from app.artifacts.disk import Writeback, reserve, sync_folder
+from app.artifacts.disk import Filling, reserve, sync_folder
 
 _PART = re.compile(r"[\w.+@ -]+")  # one part of a key; "." and ".." are refused beside it
 _TRASH = ".trash"
@@ -33,7 +33,11 @@ class StoreWriter(Protocol):
 
 
 class ArtifactStore(Protocol):
-    """Files by key. A missing key raises FileNotFoundError; a full disk raises OSError with ENOSPC."""
+    """Files by key. A missing key raises FileNotFoundError; a full disk raises OSError with ENOSPC, also one on which
+    a file would leave fewer than ``keep_free`` bytes.
+    """
+
+    keep_free: int
 
     def create(self, key: str, size: int = 0) -> StoreWriter: ...
     def open(self, key: str, offset: int = 0) -> BinaryIO: ...
@@ -50,14 +54,15 @@ class ArtifactStore(Protocol):
 class LocalStore:
     """An ArtifactStore in ``folder``, which is made when first written to."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
+    def __init__(self, folder: Path, *, keep_free: int = 0) -> None:
+        """``keep_free``: bytes of its disk that no file of it takes."""
+        self.folder, self.keep_free = folder.absolute(), keep_free
 
     def create(self, key: str, size: int = 0) -> LocalWriter:
         """A new file of about ``size`` bytes; its space is taken at once, so a full disk shows before the work."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return LocalWriter(path, self.folder, size)
+        return LocalWriter(path, self.folder, size, self.keep_free)
 
     def open(self, key: str, offset: int = 0) -> BinaryIO:
         """The file, to be read from ``offset`` bytes on."""
@@ -127,9 +132,9 @@ class LocalStore:
         return folder
 
     def free(self) -> int | None:
-        """Bytes that can still be stored. A store that has no end would answer None."""
+        """Bytes that can still be stored, ``keep_free`` not among them. A store that has no end would answer None."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(self.folder).free
+        return max(0, shutil.disk_usage(self.folder).free - self.keep_free)
 
     def _thin_out(self, prefix: str, keep: set[str]) -> None:
         for key in list(self.keys(prefix)):
@@ -144,14 +149,14 @@ class LocalStore:
 class LocalWriter:
     """A StoreWriter on a local file."""
 
-    def __init__(self, path: Path, root: Path, size: int) -> None:
+    def __init__(self, path: Path, root: Path, size: int, keep_free: int) -> None:
         self._path = path
         self._root = root
         self._written = 0
         self._file = path.open("xb", buffering=0)
-        self._writeback = Writeback(self._file.fileno())
+        self._filling = Filling(self._file.fileno(), keep_free=keep_free)
         try:
-            reserve(self._file.fileno(), size)
+            reserve(self._file.fileno(), size, keep_free=keep_free)
         except OSError:
             self.abort()
             raise
@@ -163,7 +168,7 @@ class LocalWriter:
             taken = self._file.write(rest)
             self._written += taken
             rest = rest[taken:]
-        self._writeback.reach(self._written)
+        self._filling.reach(self._written)
 
     def close(self) -> None:
         """The bytes are durable, and so are the folders that name them, when this returns."""

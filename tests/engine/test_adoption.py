@@ -25,6 +25,7 @@ class Store:
     """A sink over a folder, which a second attempt may be given too. Statistics pass through JSON, as on disk."""
 
     folder: Path
+    keep_free: int = 0
     adoptable: dict[str, StoredFile] = field(default_factory=dict)
     remembered: dict[str, str] = field(default_factory=dict)
     created: list[str] = field(default_factory=list)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.planning.plan import Plan
 from app.sources.source import SourceFile
@@ -23,7 +26,7 @@ from worker.engine import digests
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import load
 from worker.engine.run import merge_to_folder, run_merge
-from worker.engine.sinks import FolderSink, LocalFile
+from worker.engine.sinks import SCRATCH, FolderSink, LocalFile
 
 # `left` is read by both others: a lattice, not a chain.
 LEFT = {
@@ -229,6 +232,34 @@ def test_a_full_disk_in_an_earlier_document_leaves_nothing(root: Path, monkeypat
         merge_to_folder(plan_of(root, documents(LEFT, RIGHT, RESULT)), root / "out", device="cpu")
     assert failed.value.code == "disk_full"
     assert sorted(path.name for path in root.iterdir()) == before
+
+
+def test_what_earlier_documents_write_is_not_put_on_disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read back at once and deleted: nobody needs it after a power cut, and memory is where it is wanted."""
+    forced: list[str] = []
+
+    def noting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def note(descriptor: int, *rest: int) -> None:
+            forced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            real(descriptor, *rest)
+
+        return note
+
+    monkeypatch.setattr("app.artifacts.disk._STEP", 8)
+    monkeypatch.setattr(os, "fsync", noting(os.fsync))
+    monkeypatch.setattr(os, "posix_fadvise", noting(os.posix_fadvise))
+    written: list[str] = []
+    real = LocalFile.finish
+
+    def finish(file: LocalFile) -> StoredFile:
+        written.append(str(file._path))
+        return real(file)
+
+    monkeypatch.setattr(LocalFile, "finish", finish)
+    merge_to_folder(plan_of(root, documents(LEFT, RIGHT, RESULT)), root / "out", device="cpu")
+    assert any(SCRATCH in path for path in written)
+    assert any(path.endswith("model.safetensors") for path in forced), "the result is"
+    assert [path for path in forced if SCRATCH in path] == []
 
 
 def test_a_disk_too_small_for_what_earlier_documents_write_is_refused_before_the_work(

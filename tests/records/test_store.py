@@ -58,7 +58,7 @@ def test_a_large_file_is_put_on_disk_while_it_is_written(
         if answer is not None:
             raise answer
 
-    monkeypatch.setattr("app.artifacts.disk._WRITEBACK", 8)
+    monkeypatch.setattr("app.artifacts.disk._STEP", 8)
     monkeypatch.setattr(os, "posix_fadvise", advise)
     for writer in (store.create("job/t/a", 20), LocalFile(tmp_path / "a", name="a", size=20)):
         begun.clear()
@@ -67,6 +67,38 @@ def test_a_large_file_is_put_on_disk_while_it_is_written(
         assert begun == [(0, 10), (10, 10)], "every byte once, a few pieces at a time"
         writer.close() if isinstance(writer, LocalWriter) else writer.finish()
     assert store.path("job/t/a").read_bytes() == (tmp_path / "a").read_bytes() == b"1234567890abcdefghij"
+
+
+def test_a_file_that_would_take_what_must_stay_free_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    unguarded = LocalStore(tmp_path / "store")
+    free = unguarded.free()
+    assert free is not None
+    guarded = LocalStore(unguarded.folder, keep_free=free + (1 << 40))
+    with pytest.raises(OSError, match="must stay free") as refused:
+        guarded.create("job/t/a", 100)
+    assert refused.value.errno == errno.ENOSPC
+    assert list(guarded.keys("job")) == [] and guarded.free() == 0
+    with unguarded.create("job/t/a", 100) as writer:
+        writer.write(b"abc")
+
+
+def test_a_disk_that_others_fill_meanwhile_ends_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.artifacts.disk._STEP", 8)
+    store = LocalStore(tmp_path / "store", keep_free=1000)
+    real, taken = os.fstatvfs, False
+
+    def crowded(descriptor: int) -> os.statvfs_result:
+        found = list(real(descriptor))
+        found[4] = 0 if taken else found[4]  # f_bavail
+        return os.statvfs_result(found)
+
+    monkeypatch.setattr(os, "fstatvfs", crowded)
+    with pytest.raises(OSError, match="1000 must stay free"), store.create("job/t/a", 100) as writer:
+        writer.write(b"1234567890")
+        taken = True
+        writer.write(b"1234")
+        writer.write(b"567890")
+    assert list(store.keys("job")) == []
 
 
 def test_less_than_announced_is_cut_to_what_came(store: LocalStore) -> None:

@@ -34,7 +34,7 @@ from worker.engine.kernels import load
 from worker.engine.kernels.signature import Kernels
 from worker.engine.meter import Control, Meter
 from worker.engine.reader import Reader, moved, open_unmoved
-from worker.engine.sinks import AttemptFolder, FolderSink, Sink
+from worker.engine.sinks import FolderSink, ScratchFolder, Sink
 from worker.engine.stream import Stream
 
 _PIECE = 4 << 20
@@ -73,7 +73,8 @@ def run_merge(
         reader = stack.enter_context(Reader())
         # what is read back is opened by its real path, as all sources are
         scratch = stack.enter_context(sink.scratch()).resolve() if plan.earlier else Path()
-        sinks = [*(AttemptFolder(scratch / str(number)) for number in range(len(plan.earlier))), sink]
+        folders = [scratch / str(number) for number in range(len(plan.earlier))]
+        sinks = [*(ScratchFolder(folder, keep_free=sink.keep_free) for folder in folders), sink]
         streams = [
             Stream(document, own, kernels=kernels, crew=crew, reader=reader, delta_budget=delta_budget)
             for document, own in zip((*plan.earlier, plan), sinks, strict=True)
@@ -173,8 +174,8 @@ def _user_errors(plan: Plan) -> Iterator[None]:
             raise
         raise MergeyardError(
             "disk_full",
-            f"The merge needs {plan.estimates.disk_bytes} bytes, and the output's disk or quota has no room left; "
-            "free some space and merge again.",
+            f"The merge needs {plan.estimates.disk_bytes} bytes, and the output's disk or quota has no room left "
+            f"({error.strerror}); free some space and merge again.",
         ) from error
     except torch.OutOfMemoryError as error:
         raise MergeyardError(

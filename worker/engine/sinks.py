@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from app.artifacts.disk import Writeback, reserve, sync_folder
+from app.artifacts.disk import Filling, reserve, sync_folder
 from app.artifacts.manifest import StoredFile, TensorStatistics
 from app.errors import MergeyardError
 
@@ -40,8 +40,11 @@ class Sink(Protocol):
     """Takes the files of one merge. Calls never overlap, but come from two threads: ``create``, ``remember`` and the
     FileWriter's from the engine's writer, ``adopt`` and ``recall`` (before any file is created) from the caller's.
 
-    An OSError that means "no space" may pass through; the engine turns it into ``disk_full``.
+    An OSError that means "no space" may pass through; the engine turns it into ``disk_full``. ``keep_free``: bytes of
+    the disk of ``scratch`` that nothing in there takes.
     """
+
+    keep_free: int
 
     def adopt(self, filename: str, check: Callable[[], None]) -> StoredFile | None:
         """The weight file an earlier attempt finished, if its digest still holds; else None and it is made anew.
@@ -102,6 +105,8 @@ def statistics_from_json(value: Mapping[str, Any]) -> dict[str, TensorStatistics
 class AttemptFolder:
     """A Sink into a folder that holds one attempt, so that there is nothing to adopt."""
 
+    keep_free = 0
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
@@ -125,6 +130,17 @@ class AttemptFolder:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class ScratchFolder(AttemptFolder):
+    """What earlier documents make: read back at once, and gone with the attempt. Nothing waits for the disk."""
+
+    def __init__(self, folder: Path, *, keep_free: int = 0) -> None:
+        super().__init__(folder)
+        self.keep_free = keep_free
+
+    def create(self, filename: str, size: int) -> LocalFile:
+        return LocalFile(self._folder / filename, name=filename, size=size, lasting=False, keep_free=self.keep_free)
 
 
 class FolderSink(AttemptFolder):
@@ -182,17 +198,20 @@ class FolderSink(AttemptFolder):
 
 
 class LocalFile:
-    """A file of ``size`` bytes, hashed while it is written. Space is reserved first, so a full disk shows at once."""
+    """A file of ``size`` bytes, hashed while it is written. Space is reserved first, so a full disk shows at once.
 
-    def __init__(self, path: Path, *, name: str, size: int) -> None:
-        self._path, self._name, self._size = path, name, size
+    ``lasting``: a power cut takes none of it once it is finished. ``keep_free``: bytes of its disk that it does not take.
+    """
+
+    def __init__(self, path: Path, *, name: str, size: int, lasting: bool = True, keep_free: int = 0) -> None:
+        self._path, self._name, self._size, self._lasting = path, name, size, lasting
         self._written = 0
         self._digest = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._writeback = Writeback(self._descriptor)
+        self._filling = Filling(self._descriptor, lasting=lasting, keep_free=keep_free)
         try:
-            reserve(self._descriptor, size)
+            reserve(self._descriptor, size, keep_free=keep_free)
         except OSError:
             self.abort()
             raise
@@ -201,12 +220,13 @@ class LocalFile:
         self._digest.update(data)
         for part in _written(self._descriptor, data):
             self._written += part
-        self._writeback.reach(self._written)
+        self._filling.reach(self._written)
 
     def finish(self) -> StoredFile:
         if self._written != self._size:
             raise ValueError(f"{self._name}: {self._written} bytes written, {self._size} announced")
-        os.fsync(self._descriptor)
+        if self._lasting:
+            os.fsync(self._descriptor)
         os.close(self._descriptor)
         return StoredFile(name=self._name, key=self._name, size=self._size, sha256=self._digest.hexdigest())
 
