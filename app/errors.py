@@ -89,6 +89,8 @@ CODES: dict[str, Code] = {
     "session_ended": Code(401, "user", "The session has ended"),
     "rate_limited": Code(429, "user", "Too many requests"),
     "too_many_streams": Code(429, "user", "Too many event streams are open"),
+    "too_many_jobs": Code(429, "user", "Too many unfinished merges"),
+    "over_quota": Code(413, "user", "The quota leaves no room for this"),
     # requests
     "request_invalid": Code(422, "user", "The request is not valid"),
     "body_too_large": Code(413, "user", "The request body is too large"),
@@ -104,6 +106,8 @@ CODES: dict[str, Code] = {
     # the system
     "cancelled": Code(409, "user", "The merge was cancelled"),
     "worker_lost": Code(500, "system", "The worker stopped and no attempt was left"),
+    "busy": Code(503, "system", "The service has too much to do"),
+    "storage_full": Code(507, "system", "The service has no room left for this"),
     "disk_full": Code(507, "system", "There is not enough disk space"),
     "out_of_memory": Code(507, "system", "There is not enough memory"),
     "broker_unavailable": Code(503, "system", "The queue cannot be reached"),

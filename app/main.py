@@ -38,6 +38,7 @@ from app.api.middleware import BodyLimit, Measured, RequestIds
 from app.api.readiness import Readiness
 from app.api.service import Service
 from app.api.streams import Streams
+from app.api.turns import Turns
 from app.artifacts.store import LocalStore
 from app.records.aliases import Aliases
 from app.records.audit import Audit
@@ -49,6 +50,7 @@ from app.records.jobs import Jobs
 from app.records.keys import Keys
 from app.records.owned import OwnedUploads
 from app.records.queues import Queues
+from app.records.quotas import Quotas
 from app.records.sessions import Sessions
 from app.records.workers import Workers
 from app.settings import Settings
@@ -124,11 +126,14 @@ def open_service(settings: Settings) -> Service:
     """Everything the endpoints work with, made from settings. Connects to nothing yet."""
     database = Database(settings.database)
     jobs = Jobs(database, retry_seconds=settings.retry_seconds)
-    store = LocalStore(settings.artifacts)
+    store = LocalStore(settings.artifacts, keep_free=settings.min_free_bytes)
     keys, sessions, entries = Keys(database), Sessions(database), Audit(database)
     bell = Bell(settings.broker)
-    readiness = Readiness(database, bell, settings.artifacts)
-    figures = Figures(database, readiness, {"store": settings.artifacts, "data": settings.root})
+    quotas = Quotas(database)
+    readiness = Readiness(database, bell, store=settings.artifacts, data=settings.root)
+    figures = Figures(
+        database, readiness, quotas, {"store": settings.artifacts, "data": settings.root}, settings.quota_bytes
+    )
     return Service(
         settings=settings,
         database=database,
@@ -138,8 +143,10 @@ def open_service(settings: Settings) -> Service:
         aliases=Aliases(database),
         bell=bell,
         store=store,
-        uploads=UploadStore(settings.uploads),
+        uploads=UploadStore(settings.uploads, keep_free=settings.min_free_bytes),
         uploaded=OwnedUploads(database),
+        quotas=quotas,
+        planning=Turns(settings.plans_at_once, settings.plan_wait_seconds),
         keys=keys,
         sessions=sessions,
         audit=entries,

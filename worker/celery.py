@@ -122,6 +122,7 @@ def _watched(settings: Settings, worker: NewWorker, deaf: threading.Event) -> It
         queue=settings.queue,
         seconds=settings.deaf_seconds,
         busy=lambda: bool(state.reserved_requests or state.active_requests),
+        heard=lambda: state.all_total_count[0],
         leave=leave,
     )
 

@@ -19,10 +19,11 @@ log = logging.getLogger("mergeyard.worker")
 
 
 class DeafnessWatch:
-    """Calls ``leave`` once the worker has idled for ``seconds`` while jobs of ``queue`` waited all the time.
+    """Calls ``leave`` once the worker has idled and heard nothing for ``seconds`` while jobs of ``queue`` waited.
 
-    ``busy``: whether the worker holds a job, or a doorbell for its child. A broker that does not answer is no deafness:
-    Celery waits for it as long as it takes.
+    ``busy``: whether the worker holds a job, or a doorbell for its child. ``heard``: how many doorbells it has heard
+    so far; some come to nothing, as those of jobs that the store has no room for. A broker that does not answer is no
+    deafness: Celery waits for it as long as it takes.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class DeafnessWatch:
         queue: str,
         seconds: float,
         busy: Callable[[], bool],
+        heard: Callable[[], int],
         leave: Callable[[], None],
     ) -> None:
         self._upkeep, self._bell, self._queue = upkeep, bell, queue
-        self._seconds, self._busy, self._leave = seconds, busy, leave
+        self._seconds, self._busy, self._heard, self._leave = seconds, busy, heard, leave
+        self._heard_before = 0
         self._idle_since: float | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="deafness", daemon=True)
@@ -51,7 +54,9 @@ class DeafnessWatch:
 
     def deaf(self, now: float) -> bool:
         """Look once, at ``now`` (seconds of any steady clock)."""
-        if self._busy() or not self._jobs_wait():
+        heard, before = self._heard(), self._heard_before
+        self._heard_before = heard
+        if heard != before or self._busy() or not self._jobs_wait():
             self._idle_since = None
             return False
         if self._idle_since is None:

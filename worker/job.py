@@ -21,7 +21,7 @@ from app.recipe import parse_recipe
 from app.records.bell import Bell
 from app.records.database import Database
 from app.records.janitor import sweep
-from app.records.job import CancelRequested, Job, LeaseLost
+from app.records.job import CancelRequested, Job, LeaseLost, NoRoom
 from app.records.jobs import Jobs
 from app.records.owned import resolver_of
 from app.records.upkeep import Upkeep
@@ -40,6 +40,7 @@ class Ending(StrEnum):
     """How an attempt ended in this process."""
 
     NOT_OURS = "not_ours"  # the doorbell rang twice, or the job was cancelled meanwhile
+    NO_ROOM = "no_room"  # nothing was begun: the job waits until the store has room for it
     PUBLISHED = "published"
     CANCELLED = "cancelled"
     HANDED_BACK = "handed_back"
@@ -70,7 +71,7 @@ def open_workplace(settings: Settings, worker: str) -> Workplace:
         settings=settings,
         jobs=Jobs(database, retry_seconds=settings.retry_seconds),
         bell=Bell(settings.broker),
-        store=LocalStore(settings.artifacts),
+        store=LocalStore(settings.artifacts, keep_free=settings.min_free_bytes),
         kernels=kernels,
         digests=DigestCache(settings.root / "digests"),
         worker=worker,
@@ -90,7 +91,18 @@ def work(place: Workplace, job_id: str, stop: StopRequest) -> Ending:
 
     The one exception is a database that stays away: then the lease runs out, and the janitor decides.
     """
-    job = place.jobs.claim(job_id, lease_seconds=place.settings.lease_seconds, worker=place.worker, process=os.getpid())
+    try:
+        job = place.jobs.claim(
+            job_id,
+            lease_seconds=place.settings.lease_seconds,
+            worker=place.worker,
+            process=os.getpid(),
+            free=place.store.free,
+        )
+    except NoRoom as lacking:
+        log.warning("waits for room: %s", lacking, extra={"merge": job_id})
+        place.jobs.wait_for_disk(job_id, lacking, pause=place.settings.room_seconds)
+        return Ending.NO_ROOM
     if job is None:
         log.info("nothing to do: taken, finished or cancelled", extra={"merge": job_id})
         return Ending.NOT_OURS
@@ -137,7 +149,6 @@ def _attempt(place: Workplace, job: Job, lease: Lease, line: logging.LoggerAdapt
 def _merge(place: Workplace, job: Job, lease: Lease) -> Mapping[str, Any]:
     """The straight line: plan again, merge, write the manifest. The artifact's row value comes back."""
     plan = lease.persist(lambda: _plan_again(place, job))
-    lease.persist(lambda: _check_room(place, job, plan))
     lease.check()
     sink = lease.persist(lambda: StoreSink(place.store, place.jobs, job, lease.persist))
     output = run_merge(
@@ -163,17 +174,6 @@ def _plan_again(place: Workplace, job: Job) -> Plan:
             "A source's files, or Mergeyard's version, are not those the merge was planned with; submit it again.",
         )
     return plan
-
-
-def _check_room(place: Workplace, job: Job, plan: Plan) -> None:
-    """Raise ``disk_full`` before hours of work rather than at their end."""
-    kept = sum(shard.file.size for shard in place.jobs.shards(job.id))
-    needed, free = plan.estimates.disk_bytes - kept, place.store.free()
-    if free is not None and free < needed:
-        raise MergeyardError(
-            "disk_full",
-            f"The merge needs {needed} bytes and the artifact store has {free} left; free some space and merge again.",
-        )
 
 
 def artifact_row(manifest: StoredFile, files: tuple[StoredFile, ...]) -> dict[str, Any]:

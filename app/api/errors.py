@@ -53,7 +53,7 @@ def problem_response(
     """The HTTP response of an error, with ``Retry-After`` where waiting helps."""
     document = problem_document(error, instance=instance, request_id=request_id)
     extra = {"Cache-Control": "no-store", **(headers or {})}
-    if error.status == 503:
+    if error.status == 503 or error.code == "too_many_jobs":
         extra.setdefault("Retry-After", str(RETRY_SECONDS))
     if challenge := _challenge(error):
         extra["WWW-Authenticate"] = challenge

@@ -26,6 +26,7 @@ from app.api.readiness import Readiness
 from app.errors import CODES
 from app.records.database import Database
 from app.records.job import Status
+from app.records.quotas import Quotas, Usage
 from app.records.tally import BOUND_NAMES, Load, Tally, Totals, Waiting
 from app.records.transitions import LOST
 
@@ -61,8 +62,15 @@ KNOWN: Mapping[str, Collection[str]] = {
 class Figures:
     """The metrics of one API process. Safe to share between threads."""
 
-    def __init__(self, database: Database, readiness: Readiness, folders: Mapping[str, Path]) -> None:
-        """``folders`` by name: the free space of each one's disk is told."""
+    def __init__(
+        self,
+        database: Database,
+        readiness: Readiness,
+        quotas: Quotas,
+        folders: Mapping[str, Path],
+        quota_bytes: int | None,
+    ) -> None:
+        """``folders`` by name: the free space of each one's disk is told. ``quota_bytes``: the whole service's."""
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "mergeyard_http_requests",
@@ -80,7 +88,7 @@ class Figures:
         self.open_streams = Gauge(
             "mergeyard_event_streams", "Event streams that are open in this process.", registry=self.registry
         )
-        self.registry.register(_Recorded(database, readiness, folders))
+        self.registry.register(_Recorded(database, readiness, quotas, folders, quota_bytes))
         ProcessCollector(registry=self.registry)
 
     def note(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -93,7 +101,15 @@ class Figures:
 class _Recorded(Collector):
     """What is looked up for each scrape. Where the database is away, nothing of jobs is told."""
 
-    def __init__(self, database: Database, readiness: Readiness, folders: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        readiness: Readiness,
+        quotas: Quotas,
+        folders: Mapping[str, Path],
+        quota_bytes: int | None,
+    ) -> None:
+        self._quotas, self._quota_bytes = quotas, quota_bytes
         self._dialect = database.dialect
         self._tally = Tally(database)
         self._readiness = readiness
@@ -112,6 +128,7 @@ class _Recorded(Collector):
         if found["database"] is None:
             yield from load_families(self._tally.load())
             yield from total_families(self._tally.totals())
+            yield from usage_families(self._quotas.of_all(), self._quota_bytes)
 
 
 def load_families(load: Load) -> Iterator[Metric]:
@@ -127,7 +144,22 @@ def load_families(load: Load) -> Iterator[Metric]:
     jobs.add_metric(["queued"], sum(waiting.jobs for waiting in load.queues))
     jobs.add_metric(["running"], load.running)
     jobs.add_metric(["cancelling"], load.cancelling)
-    yield from (depth, age, jobs)
+    roomless = GaugeMetricFamily("mergeyard_jobs_without_room", "Of the queued jobs, those that wait for disk.")
+    roomless.add_metric([], load.without_room)
+    yield from (depth, age, jobs, roomless)
+
+
+def usage_families(usage: Usage, quota_bytes: int | None) -> Iterator[Metric]:
+    """Gauges of what is kept and reserved."""
+    kept = GaugeMetricFamily("mergeyard_used_bytes", "What is kept, by kind.", labels=["kind"])
+    kept.add_metric(["artifacts"], usage.artifacts)
+    kept.add_metric(["uploads"], usage.uploads)
+    reserved = GaugeMetricFamily("mergeyard_reserved_bytes", "What unfinished merges reserve of the store.")
+    reserved.add_metric([], usage.reserved)
+    quota = GaugeMetricFamily("mergeyard_quota_bytes", "What used and reserved bytes may come to, where that is set.")
+    if quota_bytes is not None:
+        quota.add_metric([], quota_bytes)
+    yield from (kept, reserved, quota)
 
 
 def total_families(totals: Totals) -> Iterator[Metric]:

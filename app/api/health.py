@@ -21,7 +21,9 @@ def healthz() -> Health:
 
 @router.get("/readyz", response_model=Readiness, summary="Can it work?", responses={503: Problem})
 def readyz(serving: Serving) -> Readiness:
-    """The database answers and is migrated, the queue answers, the store takes writes; 503 names what does not."""
+    """The database answers and is migrated, the queue answers, the store and the data folder take writes; 503 names
+    what does not.
+    """
     found = serving.readiness.look()
     findings = [
         Finding(code=error.code, message=error.message, where=part)
@@ -30,4 +32,4 @@ def readyz(serving: Serving) -> Readiness:
     ]
     if findings:
         raise MergeyardError.of(findings)
-    return Readiness(status="ok", database="ok", queue="ok", store="ok")
+    return Readiness(status="ok", database="ok", queue="ok", store="ok", data="ok")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
 from app.api.callers import Merging, Reading
 from app.api.envelope import Body, Envelope, Submission, read_submission, submitted
@@ -48,10 +49,10 @@ router = APIRouter(prefix="/merges", tags=["merges"])
     status_code=202,
     response_model=Merge,
     summary="Submit a merge",
-    responses={413: Problem, 415: Problem, 422: Problem},
+    responses={413: Problem, 415: Problem, 422: Problem, 429: Problem, 503: Problem, 507: Problem},
     openapi_extra=submission_body(Envelope.model_json_schema()),
 )
-def submit(
+async def submit(
     caller: Merging,
     body: Body,
     serving: Serving,
@@ -63,16 +64,8 @@ def submit(
     """Check the recipe against the real files and queue it. Everything wrong with it is answered at once (422), with
     places; what is accepted (202) reaches exactly one of succeeded, failed, cancelled.
     """
-    submission = read_submission(*body)
-    idempotency = _idempotency(caller.owner, idempotency_key, submission)
-    # Before planning: a retry must find its merge even where the files have changed or gone since.
-    job = serving.jobs.earlier(idempotency) if idempotency else None
-    if job is None:
-        plan = make_plan(submission.recipe, serving.resolver(caller.owner))
-        new = _new_job(submission, plan, caller.owner, serving.settings.max_attempts)
-        job, created = serving.jobs.submit(new, idempotency=idempotency, by=caller)
-        if created:
-            serving.ring(job)
+    asked = await serving.planning.take(lambda: _asked(serving, caller, body, idempotency_key))
+    job = asked if isinstance(asked, Job) else await run_in_threadpool(_queue, serving, caller, *asked)
     response.headers["Location"] = merge_url(job.id)
     _describe(response, job)
     return Merge.of(job)
@@ -82,13 +75,17 @@ def submit(
     "/plan",
     response_model=MergePlan,
     summary="Plan a merge",
-    responses={413: Problem, 415: Problem, 422: Problem},
+    responses={413: Problem, 415: Problem, 422: Problem, 503: Problem},
     openapi_extra=submission_body(Envelope.model_json_schema()),
 )
-def plan(caller: Merging, body: Body, serving: Serving) -> MergePlan:
+async def plan(caller: Merging, body: Body, serving: Serving) -> MergePlan:
     """Everything POST /merges would check, and what the merge would take, without queueing anything."""
-    submission = read_submission(*body)
-    return MergePlan.of(make_plan(submission.recipe, serving.resolver(caller.owner)))
+
+    def planned() -> MergePlan:
+        submission = read_submission(*body)
+        return MergePlan.of(make_plan(submission.recipe, serving.resolver(caller.owner)))
+
+    return await serving.planning.take(planned)
 
 
 @router.get("", response_model=MergePage, summary="List merges", responses={422: Problem})
@@ -208,6 +205,30 @@ def _stream(caller: Caller, job_id: str, request: Request, serving: Service, aft
         read_on=lambda number: serving.jobs.events(job_id, after=number, limit=PAGE),
         limiter=request.app.state.catch_up_limiter,
     )
+
+
+def _asked(
+    serving: Service, caller: Caller, body: tuple[str, bytes], key: str | None
+) -> Job | tuple[NewJob, Idempotency | None]:
+    """The job that is to be queued, or the one that the Idempotency-Key has made before.
+
+    That is looked up before planning: a retry must find its merge even where the files have changed or gone since.
+    """
+    submission = read_submission(*body)
+    idempotency = _idempotency(caller.owner, key, submission)
+    earlier = serving.jobs.earlier(idempotency) if idempotency else None
+    if earlier is not None:
+        return earlier
+    plan = make_plan(submission.recipe, serving.resolver(caller.owner))
+    return _new_job(submission, plan, caller.owner, serving.settings.max_attempts), idempotency
+
+
+def _queue(serving: Service, caller: Caller, new: NewJob, idempotency: Idempotency | None) -> Job:
+    limits = serving.limits_of(caller)
+    job, created = serving.jobs.submit(new, idempotency=idempotency, by=caller, limits=limits)
+    if created:
+        serving.ring(job)
+    return job
 
 
 def _idempotency(owner: str, key: str | None, submission: Submission) -> Idempotency | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from app.errors import MergeyardError
@@ -12,11 +12,17 @@ from app.records.database import Database
 
 
 class Readiness:
-    """Looks at the database (reachable, and migrated to this version), the broker, and the artifact store's folder."""
+    """Looks at the database (reachable, and migrated to this version), the broker, and the folders of the artifact
+    store and of the data (uploads).
+    """
 
-    def __init__(self, database: Database, bell: Bell, store: Path) -> None:
-        self._checks = {"database": database.check, "queue": bell.check, "store": self._check_store}
-        self._store = store
+    def __init__(self, database: Database, bell: Bell, *, store: Path, data: Path) -> None:
+        self._checks: Mapping[str, Callable[[], None]] = {
+            "database": database.check,
+            "queue": bell.check,
+            "store": lambda: _check_folder(store, "The artifact store"),
+            "data": lambda: _check_folder(data, "The data folder"),
+        }
 
     def look(self) -> Mapping[str, MergeyardError | None]:
         """By part, what keeps it from working; None where nothing does. A part that is away takes seconds."""
@@ -29,11 +35,11 @@ class Readiness:
                 found[part] = error
         return found
 
-    def _check_store(self) -> None:
-        try:
-            self._store.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._store):  # nameless: no kill can leave it behind
-                pass
-        except OSError as error:
-            message = f"The artifact store cannot be written to: {error.strerror}."
-            raise MergeyardError("not_ready", message) from None
+
+def _check_folder(folder: Path, name: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # nameless: no kill can leave it behind
+            pass
+    except OSError as error:
+        raise MergeyardError("not_ready", f"{name} cannot be written to: {error.strerror}.") from None

@@ -125,7 +125,10 @@ class Merge(MergeSummary):
 
     recipe: dict[str, Any] = Field(description="As submitted")
     failures: list[FailedAttempt] = Field(description="The attempts that failed, in order; hand-backs are none")
-    retry_at: datetime | None = Field(description="While queued after a failure: the next attempt begins no sooner")
+    retry_at: datetime | None = Field(
+        description="While queued after a failure, or without room: the next attempt begins no sooner"
+    )
+    waits_for: str | None = Field(description="`disk` while queued because the store has too little room for it now")
     resolved: dict[str, Any] = Field(description="Every reference canonical, every default written out")
     estimates: dict[str, int]
     warnings: list[ProblemItem]
@@ -137,6 +140,7 @@ class Merge(MergeSummary):
             recipe=dict(job.recipe),
             failures=[FailedAttempt(**failure) for failure in job.failures],
             retry_at=job.retry_at,
+            waits_for=job.waits_for,
             resolved=dict(job.resolved),
             estimates=dict(job.estimates),
             warnings=[ProblemItem(**warning) for warning in job.warnings],
@@ -271,6 +275,7 @@ class MergePlan(PlannedMerge):
     """What a merge would do, found from headers alone."""
 
     fingerprint: str
+    reserved_bytes: int = Field(description="What POST /merges would reserve of the store until the merge has ended")
     warnings: list[ProblemItem]
     recipe: dict[str, Any] = Field(description="The resolved recipe: it can be submitted as it is")
     earlier: list[EarlierMerge] = Field(description="The recipe's documents before the last, in the order of merging")
@@ -280,6 +285,7 @@ class MergePlan(PlannedMerge):
         return cls(
             **_planned(plan),
             fingerprint=plan.digest,
+            reserved_bytes=plan.estimates.disk_bytes,
             warnings=[ProblemItem(**warning.as_json()) for warning in plan.warnings],
             recipe=dict(plan.recipe),
             earlier=[EarlierMerge.of(document) for document in plan.earlier],
@@ -336,6 +342,7 @@ class Readiness(Document):
     database: str
     queue: str
     store: str
+    data: str
 
 
 def merge_url(job_id: str) -> str:

@@ -15,6 +15,7 @@ from app.api.figures import Figures
 from app.api.limits import RateLimits
 from app.api.readiness import Readiness
 from app.api.streams import Streams
+from app.api.turns import Turns
 from app.artifacts.manifest import StoredFile
 from app.artifacts.store import LocalStore
 from app.errors import MergeyardError
@@ -30,6 +31,7 @@ from app.records.keys import Keys
 from app.records.owned import OwnedUploads, resolver_of
 from app.records.published import artifact_files
 from app.records.queues import Queues
+from app.records.quotas import Limits, Quotas
 from app.records.sessions import Sessions
 from app.records.upkeep import Upkeep
 from app.records.workers import Workers
@@ -54,6 +56,8 @@ class Service:
     store: LocalStore
     uploads: UploadStore
     uploaded: OwnedUploads
+    quotas: Quotas
+    planning: Turns
     keys: Keys
     sessions: Sessions
     audit: Audit
@@ -67,6 +71,15 @@ class Service:
     def resolver(self, owner: str) -> Resolver:
         """Where the references of this owner's recipes lead."""
         return resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store)
+
+    def limits_of(self, caller: Caller) -> Limits:  # noqa: ARG002
+        """What may be added for the caller."""
+        return Limits(
+            owner_bytes=self.settings.quota_bytes_per_owner,
+            owner_jobs=self.settings.max_jobs_per_owner,
+            store_bytes=self.settings.quota_bytes,
+            free=self.store.free,
+        )
 
     def published(self, job_id: str, by: Caller) -> tuple[Job, Mapping[str, StoredFile]]:
         """A merge and its files by name, the manifest first. Raises `not_found`; `conflict` when it has none."""

@@ -56,9 +56,11 @@ class Job:
     lease_expires_at: datetime | None
     progress_bytes: int
     total_bytes: int
+    reserved_bytes: int  # of the store, until it is finished
     progress_at: datetime | None
     failures: tuple[Mapping[str, Any], ...]  # {"attempt","at","code","message"}, one for each attempt that failed
-    retry_at: datetime | None  # queued after a failure: the next attempt begins no sooner
+    retry_at: datetime | None  # queued, after a failure or without room: the next attempt begins no sooner
+    waits_for: str | None  # queued: "disk", while a worker found too little of it
     error: Mapping[str, Any] | None  # {"code","title","message","where","fault","problems"}
     artifact: (
         Mapping[str, Any] | None
@@ -70,6 +72,11 @@ class Job:
     started_at: datetime | None
     finished_at: datetime | None
     updated_at: datetime
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Of all files of the artifact; 0 before it is published."""
+        return int((self.artifact or {}).get("size") or 0)
 
     @property
     def artifact_keys(self) -> frozenset[str]:
@@ -103,7 +110,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
-    """What a submission brings; the database gives the rest. ``expires_in``: seconds after publication."""
+    """What a submission brings; the database gives the rest. ``expires_in``: seconds after publication.
+
+    ``total_bytes`` are what the merge will write, and what it reserves of the store.
+    """
 
     recipe: Mapping[str, Any]
     resolved: Mapping[str, Any]
@@ -167,6 +177,14 @@ class JanitorReport:
 
 class LeaseLost(Exception):  # noqa: N818 — news, not an error
     """The lease token no longer holds the job: somebody else owns it. Nothing was written; stop at once."""
+
+
+class NoRoom(Exception):  # noqa: N818
+    """The store has too little room for a queued job now, and nobody holds it. In bytes: needed, and left for it."""
+
+    def __init__(self, job_id: str, *, needs: int, free: int) -> None:
+        super().__init__(f"{job_id} needs {needs} bytes, and the store has {free} left for it")
+        self.needs, self.free = needs, free
 
 
 class CancelRequested(Exception):  # noqa: N818

@@ -18,10 +18,11 @@ from sqlalchemy.exc import IntegrityError
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
-from app.records import aliases, audit, rows, transitions
+from app.records import aliases, audit, quotas, rows, transitions
 from app.records.database import Database, clock
-from app.records.job import Beat, Event, Idempotency, Job, NewJob, Page, Shard, Stage, Status
+from app.records.job import Beat, Event, Idempotency, Job, NewJob, NoRoom, Page, Shard, Stage, Status
 from app.records.key import Caller
+from app.records.quotas import NO_LIMITS, Free, Limits
 from app.records.tables import events, idempotency, jobs, shards
 from app.records.transitions import Change
 
@@ -44,17 +45,23 @@ class Jobs:
     # ── submitting and reading ───────────────────────────────────────────────────────────────────
 
     def submit(
-        self, new: NewJob, *, idempotency: Idempotency | None = None, by: Caller | None = None
+        self,
+        new: NewJob,
+        *,
+        idempotency: Idempotency | None = None,
+        by: Caller | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> tuple[Job, bool]:
         """Insert a queued job. (the earlier job, False) where the same key came with the same request before.
 
         ``by`` is for the audit; whose the job is stands in ``new``. Raises ``idempotency_mismatch`` where the key came
-        with another request.
+        with another request, and ``too_many_jobs``, ``over_quota`` or ``storage_full`` where ``limits`` leave no room.
         """
         try:
             with self.database.write() as connection:
                 if idempotency is not None and (earlier := rows.earlier(connection, idempotency)) is not None:
                     return earlier, False
+                quotas.admit(connection, new, limits)
                 job = rows.insert_job(connection, new, idempotency)
                 _record(connection, by, "submitted", job.id)
                 return job, True
@@ -160,7 +167,9 @@ class Jobs:
 
     # ── a worker's ───────────────────────────────────────────────────────────────────────────────
 
-    def claim(self, job_id: str, *, lease_seconds: float, worker: str = "", process: int = 0) -> Job | None:
+    def claim(
+        self, job_id: str, *, lease_seconds: float, worker: str = "", process: int = 0, free: Free | None = None
+    ) -> Job | None:
         """Compare and set: of any number of claimants of a free job one gets it, with a fresh token, the others None.
 
         ``worker`` is the worker's name, ``process`` the id of its process that does the work.
@@ -170,8 +179,13 @@ class Jobs:
 
         The statement decides by itself on both databases: SQLite runs one writer at a time; PostgreSQL (read
         committed) makes the second UPDATE wait for the first one's commit and then tests the WHERE again on the row.
+
+        Raises NoRoom, and claims nothing, where the store, which has ``free()`` bytes left, has too little for a queued
+        job.
         """
         with self.database.write() as connection:
+            if free is not None:
+                quotas.check_room(connection, job_id, free)
             before = connection.execute(select(jobs.c.status).where(jobs.c.id == job_id)).scalar()
             now = clock(connection)
             row = connection.execute(
@@ -194,6 +208,7 @@ class Jobs:
                     lease_token=secrets.token_hex(16),
                     lease_expires_at=now + timedelta(seconds=lease_seconds),
                     retry_at=None,
+                    waits_for=None,
                     progress_bytes=0,
                     progress_at=now,
                     started_at=func.coalesce(jobs.c.started_at, now),
@@ -214,6 +229,16 @@ class Jobs:
                 ("claimed", {"attempt": job.attempt, "worker": worker, "process": process}),
             )
             return job
+
+    def wait_for_disk(self, job_id: str, lacking: NoRoom, *, pause: float) -> None:
+        """The job stays queued, and for ``pause`` seconds nobody looks at it again."""
+        with self.database.write() as connection:
+            job = rows.get(connection, job_id, lock=True)
+            if job.status is Status.QUEUED:
+                change = transitions.wait_for_disk(
+                    job, clock(connection), needs=lacking.needs, free=lacking.free, pause=pause
+                )
+                rows.apply(connection, job, change)
 
     def heartbeat(
         self,

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from functools import partial
 
-from sqlalchemy import Select, exists, insert, select
+from sqlalchemy import Select, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from app.artifacts.store import LocalStore
+from app.records import quotas
 from app.records.audit import record
 from app.records.database import Database, clock
 from app.records.jobs import Jobs
 from app.records.key import Caller
 from app.records.published import merged_files
+from app.records.quotas import NO_LIMITS, Limits
 from app.records.tables import uploads
 from app.settings import Settings
 from app.sources.resolver import Resolver
+from app.sources.uploads import Upload
 
 
 class OwnedUploads:
@@ -27,14 +30,21 @@ class OwnedUploads:
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    def add(self, digest: str, *, by: Caller) -> bool:
-        """The caller's owner has sent these bytes, which are in the store. False where they had before."""
+    def add(self, upload: Upload, *, by: Caller, limits: Limits = NO_LIMITS) -> bool:
+        """The caller's owner has sent these bytes. False where they had before.
+
+        Raises ``over_quota`` or ``storage_full`` where ``limits`` leave no room for them.
+        """
         try:
             with self.database.write() as connection:
-                record(connection, by, "uploaded", f"upload:sha256-{digest}")
-                if connection.execute(_row(by.owner, digest)).scalar_one():
+                record(connection, by, "uploaded", upload.reference)
+                mine = (uploads.c.owner == by.owner, uploads.c.digest == upload.digest)
+                sent = update(uploads).where(*mine).values(size=upload.size)  # what was sent long ago has no size yet
+                if connection.execute(sent).rowcount:
                     return False
-                connection.execute(insert(uploads).values(owner=by.owner, digest=digest, created_at=clock(connection)))
+                quotas.admit_upload(connection, by.owner, upload.size, limits)
+                row = {"owner": by.owner, "digest": upload.digest, "size": upload.size}
+                connection.execute(insert(uploads).values(**row, created_at=clock(connection)))
                 return True
         except IntegrityError:  # the same owner sent them twice at once; on PostgreSQL both find nothing
             return False

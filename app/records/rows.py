@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, insert, or_, select, update
 
 from app.errors import MergeyardError
+from app.records import quotas
 from app.records.database import clock
 from app.records.job import Idempotency, Job, LeaseLost, NewJob, Ring, Stage, Status
 from app.records.key import ALPHABET, Caller, random_text
@@ -72,7 +73,10 @@ def apply(connection: Connection, job: Job, change: Change) -> Job:
     if row is None:
         raise LeaseLost(job.id)
     append(connection, job.id, now, *change.events)
-    return read_job(row)
+    written = read_job(row)
+    kept = 0 if row.deleted_at is not None else written.artifact_bytes
+    quotas.account(connection, job.owner, kept - job.artifact_bytes)
+    return written
 
 
 def append(connection: Connection, job_id: str, now: datetime, *happenings: Happening) -> None:
@@ -107,6 +111,7 @@ def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> 
             max_attempts=new.max_attempts,
             progress_bytes=0,
             total_bytes=new.total_bytes,
+            reserved_bytes=new.total_bytes,
             pinned=new.pinned,
             expires_in=new.expires_in,
             created_at=now,

@@ -64,6 +64,11 @@ def _absent_json() -> JSON:
     return JSON(none_as_null=True)
 
 
+def _only(condition: str) -> dict[str, Any]:
+    """Of an index: that it holds these rows alone."""
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
+
 def _job(**options: Any) -> Column[str]:
     return Column("job_id", String(96), ForeignKey("jobs.id", ondelete="CASCADE"), **options)
 
@@ -92,9 +97,13 @@ jobs = Table(
     Column("lease_expires_at", UtcTime),
     Column("progress_bytes", BigInteger, nullable=False),
     Column("total_bytes", BigInteger, nullable=False),
+    Column(
+        "reserved_bytes", BigInteger, nullable=False, server_default=text("0")
+    ),  # of the store, until it is finished
     Column("progress_at", UtcTime),
     Column("failures", JSON, nullable=False, server_default=text("'[]'")),  # one entry for each attempt that failed
     Column("retry_at", UtcTime),  # of a queued job: nobody may claim it before
+    Column("waits_for", String(16)),  # of a queued job: what a worker found missing
     Column("error", _absent_json()),
     Column("artifact", _absent_json()),
     Column("pinned", Boolean, nullable=False),
@@ -113,6 +122,8 @@ jobs = Table(
     Index(None, "created_at", "id"),
     Index(None, "status", "created_at", "id"),
     Index(None, "owner", "created_at", "id"),
+    Index("ix_jobs_reserved", "owner", "reserved_bytes", **_only("finished_at IS NULL")),
+    Index("ix_jobs_waits_for", "waits_for", **_only("waits_for IS NOT NULL")),
 )
 
 shards = Table(
@@ -188,6 +199,9 @@ uploads = Table(
     metadata,
     Column("owner", String(96), primary_key=True),
     Column("digest", String(64), primary_key=True),
+    Column(
+        "size", BigInteger, nullable=False, server_default=text("0")
+    ),  # bytes; 0 where it was sent before this column
     Column("created_at", UtcTime, nullable=False),
 )
 
@@ -228,6 +242,14 @@ alias_moves = Table(
     Column("key_id", String(16)),
     ForeignKeyConstraint(["owner", "name"], ["aliases.owner", "aliases.name"], ondelete="CASCADE"),
     Index(None, "owner", "name", "id"),
+)
+
+# The bytes of each owner's published artifacts, changed with the rows that publish and delete them.
+usage = Table(
+    "usage",
+    metadata,
+    Column("owner", String(96), primary_key=True),
+    Column("artifact_bytes", BigInteger, nullable=False),
 )
 
 # No foreign keys: an entry outlives the merge and the key that it names.

@@ -82,11 +82,15 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What there is to do: the ``queues`` in which jobs wait, the longest first, and how many are being worked on."""
+    """What there is to do: the ``queues`` in which jobs wait, the longest first, and how many are being worked on.
+
+    ``without_room``: of the waiting ones, those for which a worker found too little of the store.
+    """
 
     queues: tuple[Waiting, ...]
     running: int
     cancelling: int
+    without_room: int
 
 
 class Tally:
@@ -136,10 +140,12 @@ class Tally:
                 for queue, count, since in connection.execute(queues)
             ]
             working: dict[str, int] = dict(connection.execute(held).all())
+            without_room = connection.scalar(select(number).select_from(jobs).where(jobs.c.waits_for.is_not(None)))
         return Load(
             queues=tuple(sorted(waiting, key=lambda queue: (-queue.jobs, queue.queue))),
             running=working.get(Status.RUNNING, 0),
             cancelling=working.get(Status.CANCELLING, 0),
+            without_room=without_room or 0,
         )
 
     def _anything_new(self) -> bool:

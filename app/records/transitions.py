@@ -9,6 +9,7 @@
 In ``cancelling``, publish is refused, and fail, lose and hand_back end in ``cancelled``.
 
 What goes back to the queue after a failure waits there, longer each time (``retry_at``); what was handed back does not.
+What the store has no room for waits there too, unclaimed (``wait_for_disk``).
 
 A rule looks at the job as it is (locked, in the transaction that will write) and says what to write and which
 events to leave; ``jobs.py`` does both under the lease token. Rules are pure: no clock, no database. Only ``claim``
@@ -29,6 +30,7 @@ from app.records.job import CancelRequested, Job, Stage, Status
 Happening = tuple[str, Mapping[str, Any]]  # an event's type and data
 
 LONGEST_PAUSE = 300.0  # seconds between two attempts
+DISK = "disk"  # what a job waits for
 LOST = {
     "lease_expired": "The worker stopped answering: it crashed, was killed (out of memory?) or lost its connection.",
     "stalled": "The merge did not move for too long.",
@@ -124,6 +126,17 @@ def hand_back(job: Job, now: datetime) -> Change:
     )
 
 
+def wait_for_disk(job: Job, now: datetime, *, needs: int, free: int, pause: float) -> Change:
+    """queued → queued: a worker found too little room, and nobody looks again for ``pause`` seconds.
+
+    The event is left once, not with every look.
+    """
+    event: Happening = ("waiting_for_disk", {"needs": needs, "free": free})
+    again, last = now + timedelta(seconds=pause), now + timedelta(seconds=LONGEST_PAUSE)
+    values = {"waits_for": DISK, "retry_at": min(max(again, job.retry_at or again), last)}
+    return Change(values=values, events=() if job.waits_for == DISK else (event,))
+
+
 def confirm_cancelled(job: Job, now: datetime) -> Change:
     """cancelling → cancelled: the worker has let go."""
     if job.status is not Status.CANCELLING:
@@ -212,7 +225,8 @@ def _later(job: Job, now: datetime, pause: float) -> datetime | None:
 
 
 def _let_go(status: Status) -> dict[str, Any]:
-    return {"status": status, "stage": None, "lease_token": None, "lease_expires_at": None, "retry_at": None}
+    nothing = dict.fromkeys(("stage", "lease_token", "lease_expires_at", "retry_at", "waits_for"))
+    return {"status": status, **nothing}
 
 
 def _cancelled(now: datetime) -> Change:

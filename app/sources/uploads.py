@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.artifacts.disk import Filling, check_free
 from app.errors import MergeyardError
 from app.sources.adapters import CONFIG as ADAPTER_CONFIG
 from app.sources.adapters import load_adapter
@@ -45,18 +46,23 @@ class Upload:
     def reference(self) -> str:
         return f"upload:sha256-{self.digest}"
 
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
 
 class UploadStore:
     """A folder of uploads, each in a folder named by its digest: sha256 over its sorted lines ``sha256  name``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, keep_free: int = 0) -> None:
+        """``keep_free``: bytes of its disk that no upload takes."""
+        self.folder, self._keep_free = folder, keep_free
 
     def begin(self) -> UploadDraft:
         self.folder.mkdir(parents=True, exist_ok=True)
         staging = self.folder / f"{STAGING}{secrets.token_hex(8)}"
         staging.mkdir()
-        return UploadDraft(self.folder, staging)
+        return UploadDraft(self.folder, staging, keep_free=self._keep_free)
 
     def sweep(self, *, abandoned_after: float = ABANDONED_SECONDS) -> None:
         """Remove what uploads left whose process died: nothing was written to it for ``abandoned_after`` seconds.
@@ -75,9 +81,10 @@ class UploadStore:
 class UploadDraft:
     """Files on their way in. Nothing can be referred to before ``commit``; ``discard`` leaves nothing behind."""
 
-    def __init__(self, folder: Path, staging: Path) -> None:
+    def __init__(self, folder: Path, staging: Path, *, keep_free: int) -> None:
         self._folder = folder
         self._staging = staging
+        self._keep_free = keep_free
         self._files: dict[str, UploadedFile] = {}
 
     def add(self, name: str, chunks: Iterable[bytes]) -> UploadedFile:
@@ -86,7 +93,7 @@ class UploadDraft:
         Raises:
             MergeyardError: `pickle_refused`, `request_invalid` (a name twice, a path, another kind, too many files),
                 `source_format` (too large for what it is).
-            OSError: the disk is full, or fails.
+            OSError: the disk is full (ENOSPC, also where less than what must stay free would be left), or fails.
         """
         if len(self._files) >= MAX_FILES:
             raise MergeyardError(
@@ -104,19 +111,22 @@ class UploadDraft:
             raise MergeyardError("request_invalid", f"{name} was sent twice", where=name)
         digest, size = hashlib.sha256(), 0
         with (self._staging / name).open("xb") as stream:
+            check_free(stream.fileno(), 0, self._keep_free)
+            filling = Filling(stream.fileno(), keep_free=self._keep_free)
             for chunk in chunks:
                 digest.update(chunk)
                 size += len(chunk)
                 if size > MAX_SMALL_BYTES and not name.endswith(".safetensors"):
                     raise MergeyardError("source_format", f"{name} is larger than {MAX_SMALL_BYTES} bytes", where=name)
                 stream.write(chunk)
+                filling.reach(size)
             stream.flush()
             os.fsync(stream.fileno())
         self._files[name] = UploadedFile(name=name, size=size, sha256=digest.hexdigest())
         return self._files[name]
 
-    def commit(self) -> Upload:
-        """Check what arrived as a model or an adapter and give it its reference.
+    def check(self) -> Upload:
+        """What arrived, as a model or an adapter, with the reference that ``commit`` gives it.
 
         Raises:
             MergeyardError: `request_invalid` when empty, and whatever `load_model` or `load_adapter` find.
@@ -130,19 +140,21 @@ class UploadDraft:
         else:
             load_model(listing, "the upload")
         lines = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(self._files.items()))
-        digest = hashlib.sha256(lines.encode()).hexdigest()
-        target = self._folder / digest
+        return Upload(
+            digest=hashlib.sha256(lines.encode()).hexdigest(),
+            kind=kind,
+            files=tuple(self._files[name] for name in sorted(self._files)),
+        )
+
+    def commit(self, upload: Upload) -> None:
+        """Put what ``check`` found in its place."""
+        target = self._folder / upload.digest
         try:
             self._staging.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
             self.discard()  # the same bytes are there already
-        return Upload(
-            digest=digest,
-            kind=kind,
-            files=tuple(self._files[name] for name in sorted(self._files)),
-        )
 
     def discard(self) -> None:
         """Remove the staged files; safe to call at any time."""

@@ -13,7 +13,13 @@ def test_a_live_process_says_so(api: ServedApi) -> None:
 
 
 def test_a_service_that_can_work_is_ready(api: ServedApi) -> None:
-    assert api.http.get("/readyz").json() == {"status": "ok", "database": "ok", "queue": "ok", "store": "ok"}
+    assert api.http.get("/readyz").json() == {
+        "status": "ok",
+        "database": "ok",
+        "queue": "ok",
+        "store": "ok",
+        "data": "ok",
+    }
 
 
 def test_every_part_that_cannot_work_is_named(tmp_path: Path) -> None:

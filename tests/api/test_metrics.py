@@ -140,7 +140,7 @@ def test_disks_parts_and_the_version_are_told(fresh_api: ServedApi) -> None:
     usage = shutil.disk_usage(fresh_api.settings.artifacts)
     assert series(found, "mergeyard_disk_size_bytes") == {"store": usage.total, "data": usage.total}
     assert set(series(found, "mergeyard_disk_free_bytes")) == {"store", "data"}
-    assert series(found, "mergeyard_ready") == {"database": 1, "queue": 1, "store": 1}
+    assert series(found, "mergeyard_ready") == {"database": 1, "queue": 1, "store": 1, "data": 1}
     build = next(dict(labels) for name, labels in found if name == "mergeyard_build_info")
     assert build == {"version": app.__version__, "database": fresh_api.jobs.database.dialect}
     assert ("process_resident_memory_bytes", frozenset()) in found
@@ -153,7 +153,7 @@ def test_parts_that_cannot_work_are_told_and_the_rest_goes_on(tmp_path: Path, sq
     with serving(settings) as api:
         api.queued()
         found = scrape(api)
-    assert series(found, "mergeyard_ready") == {"database": 1, "queue": 0, "store": 0}
+    assert series(found, "mergeyard_ready") == {"database": 1, "queue": 0, "store": 0, "data": 1}
     assert series(found, "mergeyard_queue_jobs") == {"default": 1}
 
 

@@ -240,7 +240,7 @@ def test_what_earlier_documents_write_is_not_put_on_disk(root: Path, monkeypatch
 
     def noting(real: Callable[..., Any]) -> Callable[..., Any]:
         def note(descriptor: int, *rest: int) -> None:
-            forced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            forced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
             real(descriptor, *rest)
 
         return note

@@ -25,8 +25,9 @@ from sqlalchemy import select, update
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
-from app.records.job import CancelRequested, Job, LeaseLost, Status
+from app.records.job import CancelRequested, Job, LeaseLost, NoRoom, Status
 from app.records.jobs import Jobs
+from app.records.quotas import Quotas
 from app.records.tables import UtcTime
 from app.records.tables import jobs as table
 from app.records.upkeep import Upkeep
@@ -81,15 +82,27 @@ class Service(RuleBasedStateMachine):
     # ── the broker ───────────────────────────────────────────────────────────────────────────────
 
     @precondition(lambda self: self.messages)
-    @rule(which=st.integers(0, 20), worker=st.integers(0, WORKERS - 1), repeated=st.booleans())
-    def deliver(self, which: int, worker: int, repeated: bool) -> None:
-        """In any order, to anybody; ``repeated`` messages come again."""
+    @rule(
+        which=st.integers(0, 20),
+        worker=st.integers(0, WORKERS - 1),
+        repeated=st.booleans(),
+        room=st.sampled_from([9, 0]),
+    )
+    def deliver(self, which: int, worker: int, repeated: bool, room: int) -> None:
+        """In any order, to anybody; ``repeated`` messages come again. A store without ``room`` takes no job."""
         position = which % len(self.messages)
         job_id = self.messages[position]
         if not repeated:
             del self.messages[position]
         before, now = self.jobs.get(job_id), self.jobs.database.now()
-        claimed = self.jobs.claim(job_id, lease_seconds=LEASE_SECONDS, worker=str(worker))
+        try:
+            left = None if room else lambda: 0
+            claimed = self.jobs.claim(job_id, lease_seconds=LEASE_SECONDS, worker=str(worker), free=left)
+        except NoRoom as lacking:
+            assert not room and before.status is Status.QUEUED and self.jobs.get(job_id) == before
+            self.jobs.wait_for_disk(job_id, lacking, pause=PAUSE_SECONDS)
+            assert self.jobs.get(job_id).waits_for == "disk" and not free(self.jobs.get(job_id), now)
+            return
         assert (claimed is not None) == free(before, now)
         if claimed is not None:
             assert claimed.lease_token and claimed.lease_token not in self.tokens()
@@ -159,6 +172,15 @@ class Service(RuleBasedStateMachine):
             self.check(now, before)
             self.seen[job_id] = now
 
+    @invariant()
+    def what_is_kept_and_reserved_is_what_the_rows_say(self) -> None:
+        with self.jobs.database.read() as connection:
+            every = connection.execute(select(table.c.status, table.c.reserved_bytes, table.c.artifact)).all()
+        unfinished = [row.reserved_bytes for row in every if row.status not in ENDINGS]
+        found = Quotas(self.jobs.database).of_all()
+        assert (found.reserved, found.unfinished) == (sum(unfinished), len(unfinished))
+        assert found.artifacts == sum(row.artifact["size"] for row in every if row.artifact is not None)
+
     def check(self, now: Job, before: Job) -> None:
         assert now.version >= before.version
         assert 0 <= now.attempt <= now.max_attempts
@@ -167,6 +189,7 @@ class Service(RuleBasedStateMachine):
         assert (now.error is not None) == (now.status is Status.FAILED)
         assert (now.finished_at is not None) == now.status.finished
         assert now.retry_at is None or now.status is Status.QUEUED
+        assert now.waits_for is None or now.retry_at is not None
         assert list(now.failures[: len(before.failures)]) == list(before.failures), "a reason is never forgotten"
         failed = [failure["attempt"] for failure in now.failures]
         assert failed == sorted(set(failed)) and len(failed) <= now.attempt

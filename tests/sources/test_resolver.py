@@ -126,7 +126,8 @@ def test_an_upload_is_named_by_its_contents_and_resolves(root: Path, tmp_path: P
         draft = UploadStore(tmp_path / "uploads").begin()
         for name, path in listing(root / "adapters" / "sql").items():
             draft.add(name, [path.read_bytes()])
-        upload = draft.commit()
+        upload = draft.check()
+        draft.commit(upload)
         references.append((upload.reference, upload.kind))
     assert references[0] == references[1]
     assert references[0][1] == "adapter"
@@ -190,7 +191,7 @@ def test_a_damaged_upload_is_refused_on_arrival(root: Path, tmp_path: Path) -> N
         content = path.read_bytes()
         draft.add(name, [content[:-10] if name.endswith(".safetensors") else content])
     with pytest.raises(MergeyardError, match="truncated"):
-        draft.commit()
+        draft.check()
     draft.discard()
     assert list((tmp_path / "uploads").iterdir()) == []
 

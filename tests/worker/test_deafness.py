@@ -22,10 +22,16 @@ class Worker:
     """What the watch is told of its worker."""
 
     def __init__(self, database: Database, broker_url: str, queue: str) -> None:
-        self.busy = False
+        self.busy, self.heard = False, 0
         self.bell = Bell(broker_url)
         self.watch = DeafnessWatch(
-            Upkeep(database), self.bell, queue=queue, seconds=10, busy=lambda: self.busy, leave=lambda: None
+            Upkeep(database),
+            self.bell,
+            queue=queue,
+            seconds=10,
+            busy=lambda: self.busy,
+            heard=lambda: self.heard,
+            leave=lambda: None,
         )
 
 
@@ -58,6 +64,14 @@ def test_work_in_between_starts_the_time_anew(worker: Worker, jobs: Jobs, queue:
         worker.busy = now in (8, 16)
         heard.append(worker.watch.deaf(now))
     assert heard.index(True) * 4 == 32, "12 s after it was last busy: the first look after 10 s"
+
+
+def test_a_worker_whose_doorbells_come_to_nothing_is_not_deaf(worker: Worker, jobs: Jobs, queue: str) -> None:
+    jobs.submit(new_job(queue=queue))
+    for now in range(0, 40, 4):
+        worker.heard += 1
+        assert not worker.watch.deaf(now)
+    assert [worker.watch.deaf(now) for now in (40, 49, 50)] == [False, False, True], "none since"
 
 
 def test_a_broker_that_is_away_is_waited_for(database: Database, jobs: Jobs, tmp_path: Path) -> None:

@@ -233,14 +233,44 @@ def test_a_stop_request_is_heard_while_finished_shards_are_read_again(
     assert len(begun) == 1
 
 
-def test_too_little_room_is_noticed_before_the_work(
-    yard: Yard, place: Workplace, monkeypatch: pytest.MonkeyPatch
+def test_a_merge_without_room_waits_while_smaller_ones_go_on(
+    yard: Yard, place: Workplace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(yard.store, "free", lambda: 1000)
-    job = yard.submit(ring=False, max_attempts=1)
-    assert attempt(place, job, failing(AssertionError("it began")), count=1) is Ending.FAILED
-    failed = yard.jobs.get(job.id)
-    assert failed.error and failed.error["code"] == "disk_full" and "1000 left" in failed.error["message"]
+    small, large = yard.submit(ring=False, out_dtype="bfloat16"), yard.submit(ring=False, out_dtype="float32")
+    assert small.reserved_bytes < large.reserved_bytes
+    place = replace(place, settings=place.settings.model_copy(update={"room_seconds": 0.01}))
+    with monkeypatch.context() as patched:
+        patched.setattr(yard.store, "free", lambda: small.reserved_bytes)
+        for _ in range(2):
+            assert attempt(place, large, failing(AssertionError("it began")), count=1) is Ending.NO_ROOM
+        assert attempt(place, small) is Ending.PUBLISHED
+    waiting = yard.jobs.get(large.id)
+    assert (waiting.status, waiting.attempt, waiting.waits_for) == (Status.QUEUED, 0, "disk")
+    assert yard.kinds(large) == ["submitted", "waiting_for_disk"], "told once"
+    assert f"needs {large.reserved_bytes} bytes, and the store has {small.reserved_bytes} left" in caplog.text
+    yard.until(lambda: attempt(place, large) is Ending.PUBLISHED)
+    done = yard.jobs.get(large.id)
+    assert (done.waits_for, done.attempt) == (None, 1)
+
+
+def test_a_merge_that_would_take_what_must_stay_free_leaves_nothing_and_is_tried_again(
+    yard: Yard, place: Workplace
+) -> None:
+    job = yard.submit(ring=False, max_attempts=2, **SHARDED)
+    real = yard.store.free()
+    assert real is not None
+
+    def fill() -> None:  # somebody else's files, while this merge is on its way
+        yard.store.keep_free = real + (1 << 40)
+
+    assert attempt(place, job, fill) is Ending.FAILED
+    back = yard.jobs.get(job.id)
+    assert back.status is Status.QUEUED and back.failures[-1]["code"] == "disk_full"
+    assert "must stay free" in back.failures[-1]["message"]
+    kept = sorted(shard.file.key for shard in yard.jobs.shards(job.id))
+    assert yard.files(job) == kept, "only what a retry can use stays"
+    assert attempt(place, job) is Ending.NO_ROOM, "which waits for room, and costs no attempt"
+    assert yard.jobs.get(job.id).attempt == 1
 
 
 def test_a_disk_that_is_full_when_a_file_begins_fails_the_job(
@@ -262,8 +292,9 @@ def test_a_source_that_belongs_to_another_owner_is_not_found_by_the_worker_eithe
     draft = UploadStore(yard.settings.uploads).begin()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         draft.add(name, [(tiny_models / "sql" / name).read_bytes()])
-    upload = draft.commit()
-    OwnedUploads(yard.jobs.database).add(upload.digest, by=Caller(owner="alice"))
+    upload = draft.check()
+    draft.commit(upload)
+    OwnedUploads(yard.jobs.database).add(upload, by=Caller(owner="alice"))
     merged = yard.submit(ring=False, owner="alice")
     assert attempt(place, merged) is Ending.PUBLISHED
     for changes in ({"base_model": f"merge:{merged.id}"}, {"models": [{"adapter": upload.reference}]}):

@@ -200,7 +200,7 @@ class FolderSink(AttemptFolder):
 class LocalFile:
     """A file of ``size`` bytes, hashed while it is written. Space is reserved first, so a full disk shows at once.
 
-    ``lasting``: a power cut takes none of it once it is finished. ``keep_free``: bytes of its disk that it does not take.
+    ``lasting``: a power cut takes none of it once it is finished. ``keep_free``: bytes of its disk that it leaves free.
     """
 
     def __init__(self, path: Path, *, name: str, size: int, lasting: bool = True, keep_free: int = 0) -> None:
