@@ -15,7 +15,7 @@ from tests.engine.merges import bytes_of, merge, plan_of
 from tests.files import write_adapter, write_model
 from worker.engine import bracket as bracketing
 from worker.engine import trimming
-from worker.engine.bracket import Bracket, Collected, Sample, bracket
+from worker.engine.bracket import SMALL, Bracket, Collected, Sample, bracket, kth_largest
 from worker.engine.kernels import load
 
 SHAPE = (700, 1037)
@@ -101,6 +101,22 @@ def test_the_bracket_is_narrow_and_holds_the_threshold(seed: int, share: float) 
     low, high = found
     assert low <= bits[len(bits) - k] <= high
     assert ((bits >= low) & (bits <= high)).mean() < 0.1
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1), period=st.sampled_from([1, 64]), levels=st.integers(1, 22)
+)
+@settings(max_examples=40, deadline=None)
+def test_the_kth_of_many_is_exact_whatever_their_order(seed: int, share: float, period: int, levels: int) -> None:
+    """With a period of 64 the values looked at first are all the largest, and say nothing of the others."""
+    size = 3 * SMALL + 17
+    values = np.random.default_rng(seed).integers(0, 1 << levels, size, dtype=np.int32)
+    if period > 1:
+        ordered = np.sort(values)[::-1]
+        chosen = np.arange(size) % period == 0
+        values[chosen], values[~chosen] = ordered[: chosen.sum()], ordered[chosen.sum() :]
+    k = max(1, int(share * size))
+    assert kth_largest(values, k) == np.sort(values)[-k]
 
 
 @given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 3000), levels=st.sampled_from([3, 50, 10**6]))

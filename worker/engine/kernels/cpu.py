@@ -115,6 +115,7 @@ class CpuKernels:
             np.float32(rule.scale),
             np.float32(SMALLEST_DIVISOR),
             np.float32(OVERFLOW[out.dtype]),
+            _is_plain(trims, after, rule),
             *_arrays(result),
             kept,
             squares,
@@ -229,6 +230,13 @@ def _factors(weights: Sequence[float], rule: Rule) -> tuple[Floats, Floats]:
     own = _padded(weights)
     ones = np.ones_like(own)
     return (own, ones) if rule.weigh_votes else (ones, own)
+
+
+def _is_plain(trims: Sequence[Trim], after: Floats, rule: Rule) -> bool:
+    """See ``loops.merge``."""
+    if rule.elect != "mass" or rule.zero_sign < 0 or len(trims) > 4:
+        return False
+    return bool((after[: len(trims)] == 1).all()) and all(trim.rescale == 1 for trim in trims)
 
 
 def _divisor(weights: Sequence[float], rule: Rule) -> tuple[np.float32, Floats]:
