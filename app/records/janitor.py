@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from itertools import islice
 
@@ -12,10 +13,13 @@ from app.errors import MergeyardError
 from app.records.bell import Bell
 from app.records.job import JanitorReport, Job
 from app.records.jobs import Jobs
+from app.records.quotas import Quotas
 from app.records.tally import Tally
 from app.records.upkeep import BATCH, Upkeep
 from app.records.workers import Workers
 from app.sources.uploads import UploadStore
+
+RECOUNT_SECONDS = 600.0  # between two looks whether the sums of reservations are right
 
 log = logging.getLogger("mergeyard.janitor")
 
@@ -40,6 +44,8 @@ class Janitor:
     ) -> None:
         self._upkeep = Upkeep(jobs.database, retry_seconds=jobs.retry_seconds)
         self._tally = Tally(jobs.database)
+        self._quotas = Quotas(jobs.database)
+        self._recounted = -RECOUNT_SECONDS
         self._workers = Workers(jobs.database)
         self._bell = bell
         self._interval = interval
@@ -76,6 +82,7 @@ class Janitor:
         finally:
             self._sweep()
             self._tally.count()
+            self._recount()
             self._workers.forget()
         return report
 
@@ -96,6 +103,13 @@ class Janitor:
             missing = self._upkeep.waiting(queue) - self._bell.waiting(queue)
             for ring in [ring for ring in report.ring if ring.queue == queue] if missing > 0 else []:
                 self._bell.ring(ring.id, ring.queue, ring.priority)
+
+    def _recount(self) -> None:
+        if time.monotonic() - self._recounted < RECOUNT_SECONDS:
+            return
+        self._recounted = time.monotonic()
+        if self._quotas.recount():
+            log.error("what merges reserve was not the sum of their rows; it is now")
 
     def _sweep(self) -> None:
         if self._uploads is not None:

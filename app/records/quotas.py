@@ -1,9 +1,10 @@
 """What may be stored and what may wait: the bytes that are kept, those that unfinished jobs will need, and the limits.
 
-Reserved is what the plans of all unfinished jobs estimate, added up from their rows whenever it is asked: a job that
-ended, however it did, reserves nothing. Kept are artifacts (``usage`` has their sum by owner: there may be a million)
-and uploads. Whatever admits something looks at all of this in one statement, and under ``exclusively``, so that two
-requests at once cannot both take the last bytes.
+Reserved is what the plans of all unfinished jobs estimate: a job that ended, however it did, reserves nothing. Kept are
+artifacts and uploads. There may be a million jobs, so ``usage`` has the sums by owner. Each changes in the transaction
+that writes the row, in the two functions through which all of them go (``rows.insert_job``, ``rows.apply``), and the
+janitor adds the reservations up anew (``Quotas.recount``). Whatever admits something does so ``exclusively``, so that
+two requests at once cannot both take the last bytes.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Select, func, select, text
+from sqlalchemy import Connection, Select, func, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from app.errors import MergeyardError
 from app.records.database import Database
-from app.records.job import NewJob, NoRoom, Status
+from app.records.job import Job, NewJob, NoRoom, Status
 from app.records.tables import jobs, shards, uploads, usage
 
 QUOTA_LOCK = 0x71756F74  # "quot": the PostgreSQL advisory lock of whoever admits something
 UNFINISHED = jobs.c.finished_at.is_(None)  # as in the index that the sums are read from
-HELD = jobs.c.lease_token.is_not(None)
+HELD = jobs.c.status.in_((Status.RUNNING, Status.CANCELLING)) & jobs.c.lease_token.is_not(None)  # either finds an index
 
 log = logging.getLogger("mergeyard.quotas")
 
@@ -44,6 +45,23 @@ class Limits:
 
 
 NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What jobs take, or how much more: bytes of ``artifacts``, bytes ``reserved``, how many are ``unfinished``."""
+
+    artifacts: int = 0
+    reserved: int = 0
+    unfinished: int = 0
+
+    def __sub__(self, other: Taken) -> Taken:
+        return Taken(
+            self.artifacts - other.artifacts, self.reserved - other.reserved, self.unfinished - other.unfinished
+        )
+
+
+NOTHING = Taken()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +99,32 @@ class Quotas:
         with self.database.read() as connection:
             return _read(connection, _of_all())
 
+    def recount(self) -> bool:
+        """Add up anew what unfinished jobs reserve. True where the sums were wrong: somebody wrote to the rows by hand.
+
+        The sums are locked before the rows are read: whoever has changed a row and not yet its sum waits, and adds to
+        the new one.
+        """
+        with self.database.write() as connection:
+            exclusively(connection)
+            told = {
+                row.owner: (row.reserved_bytes, row.unfinished)
+                for row in connection.execute(select(usage).with_for_update())
+            }
+            reserved, number = func.sum(jobs.c.reserved_bytes), func.count()
+            counted = {
+                owner: (int(size), count)
+                for owner, size, count in connection.execute(
+                    select(jobs.c.owner, reserved, number).where(UNFINISHED).group_by(jobs.c.owner)
+                )
+            }
+            wrong = [owner for owner in told if told[owner] != counted.get(owner, (0, 0))]
+            for owner in wrong:
+                size, count = counted.get(owner, (0, 0))
+                right = update(usage).where(usage.c.owner == owner).values(reserved_bytes=size, unfinished=count)
+                connection.execute(right)
+        return bool(wrong)
+
     def check_upload(self, owner: str, size: int, limits: Limits) -> None:
         """Raise as ``admit_upload`` does, before ``size`` bytes are received in vain."""
         with self.database.read() as connection:
@@ -108,7 +152,7 @@ def admit(connection: Connection, new: NewJob, limits: Limits) -> None:
             raise MergeyardError("too_many_jobs", message)
     what = f"The merge takes about {new.total_bytes} bytes"
     _check_bytes(connection, new.owner, new.total_bytes, what, limits)
-    promised = _promised(connection, UNFINISHED)
+    promised = max(0, _read(connection, _of_all()).reserved - _written(connection))
     free = asked(limits.free)  # after that was read: what is written meanwhile counts twice, and never not at all
     if free is not None and new.total_bytes > free - promised:
         message = (
@@ -133,7 +177,8 @@ def check_room(connection: Connection, job_id: str, free: Free) -> None:
     kept = select(func.coalesce(func.sum(shards.c.size), 0)).where(shards.c.job_id == job_id).scalar_subquery()
     queued = select(jobs.c.reserved_bytes - kept).where(jobs.c.id == job_id, jobs.c.status == Status.QUEUED)
     needs = connection.scalar(queued)
-    promised = _promised(connection, HELD)
+    held = connection.scalar(select(func.coalesce(func.sum(jobs.c.reserved_bytes), 0)).where(HELD))
+    promised = max(0, int(held or 0) - _written(connection))
     found = asked(free)
     if needs is not None and found is not None and needs > found - promised:
         raise NoRoom(job_id, needs=int(needs), free=max(0, found - promised))
@@ -148,16 +193,25 @@ def asked(free: Free) -> int | None:
         return None
 
 
-def account(connection: Connection, owner: str, grown: int) -> None:
-    """The artifacts of ``owner`` are ``grown`` bytes more. In the transaction that publishes or deletes one."""
-    if grown == 0:
+def taken_by(job: Job) -> Taken:
+    """What a job takes as it is; a deleted one takes NOTHING."""
+    if job.status.finished:
+        return Taken(artifacts=job.artifact_bytes)
+    return Taken(reserved=job.reserved_bytes, unfinished=1)
+
+
+def account(connection: Connection, owner: str, grown: Taken) -> None:
+    """The jobs of ``owner`` take so much more, in the transaction that makes it so."""
+    if grown == NOTHING:
         return
     inserting = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert
-    row = inserting(usage).values(owner=owner, artifact_bytes=grown)
+    row = inserting(usage).values(
+        owner=owner, artifact_bytes=grown.artifacts, reserved_bytes=grown.reserved, unfinished=grown.unfinished
+    )
+    sums = (usage.c.artifact_bytes, usage.c.reserved_bytes, usage.c.unfinished)
     connection.execute(
         row.on_conflict_do_update(
-            index_elements=[usage.c.owner],
-            set_={"artifact_bytes": usage.c.artifact_bytes + row.excluded.artifact_bytes},
+            index_elements=[usage.c.owner], set_={one.name: one + row.excluded[one.name] for one in sums}
         )
     )
 
@@ -182,43 +236,28 @@ def _check_bytes(connection: Connection, owner: str, size: int, what: str, limit
 
 
 def _of_owner(owner: str) -> Select[tuple[int, ...]]:
-    return _usage(
-        artifacts=select(usage.c.artifact_bytes).where(usage.c.owner == owner),
-        uploaded=select(func.sum(uploads.c.size)).where(uploads.c.owner == owner),
-        unfinished=jobs.c.owner == owner,
-    )
+    uploaded = select(func.sum(uploads.c.size)).where(uploads.c.owner == owner)
+    return _sums(uploaded).where(usage.c.owner == owner)
 
 
 def _of_all() -> Select[tuple[int, ...]]:
     stored = select(func.max(uploads.c.size).label("size")).group_by(uploads.c.digest).subquery()
-    return _usage(
-        artifacts=select(func.sum(usage.c.artifact_bytes)),
-        uploaded=select(func.sum(stored.c.size)),
-    )
+    return _sums(select(func.sum(stored.c.size)))
 
 
-def _usage(
-    artifacts: Select[tuple[int]], uploaded: Select[tuple[int]], unfinished: ColumnElement[bool] | None = None
-) -> Select[tuple[int, ...]]:
-    """One statement, so one moment: what is published between two would be in neither or in both."""
-    of_jobs = select(func.sum(jobs.c.reserved_bytes).label("reserved"), func.count().label("unfinished"))
-    of_jobs = of_jobs.where(UNFINISHED if unfinished is None else UNFINISHED & unfinished)
-    found = of_jobs.subquery()
+def _sums(uploaded: Select[tuple[int]]) -> Select[tuple[int, ...]]:
     return select(
-        func.coalesce(artifacts.scalar_subquery(), 0).label("artifacts"),
+        func.coalesce(func.sum(usage.c.artifact_bytes), 0).label("artifacts"),
+        func.coalesce(func.sum(usage.c.reserved_bytes), 0).label("reserved"),
+        func.coalesce(func.sum(usage.c.unfinished), 0).label("unfinished"),
         func.coalesce(uploaded.scalar_subquery(), 0).label("uploads"),
-        func.coalesce(found.c.reserved, 0).label("reserved"),
-        found.c.unfinished,
     )
 
 
-def _promised(connection: Connection, which: ColumnElement[bool]) -> int:
-    """The bytes that jobs will still take: what they reserve, less what running ones have in finished files."""
-    reserved = select(func.coalesce(func.sum(jobs.c.reserved_bytes), 0)).where(which).scalar_subquery()
+def _written(connection: Connection) -> int:
+    """Of what running jobs reserve, the bytes in finished files: they are no longer free, and no longer to be taken."""
     running = select(jobs.c.id).where(HELD)
-    written = select(func.coalesce(func.sum(shards.c.size), 0)).where(shards.c.job_id.in_(running)).scalar_subquery()
-    row = connection.execute(select(reserved.label("reserved"), written.label("written"))).one()
-    return max(0, int(row.reserved) - int(row.written))
+    return int(connection.scalar(select(func.sum(shards.c.size)).where(shards.c.job_id.in_(running))) or 0)
 
 
 def _read(connection: Connection, statement: Select[tuple[int, ...]]) -> Usage:

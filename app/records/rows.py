@@ -74,8 +74,8 @@ def apply(connection: Connection, job: Job, change: Change) -> Job:
         raise LeaseLost(job.id)
     append(connection, job.id, now, *change.events)
     written = read_job(row)
-    kept = 0 if row.deleted_at is not None else written.artifact_bytes
-    quotas.account(connection, job.owner, kept - job.artifact_bytes)
+    taken = quotas.taken_by(written) if row.deleted_at is None else quotas.NOTHING
+    quotas.account(connection, job.owner, taken - quotas.taken_by(job))
     return written
 
 
@@ -121,12 +121,14 @@ def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> 
         )
         .returning(jobs)
     ).one()
+    job = read_job(row)
+    quotas.account(connection, job.owner, quotas.taken_by(job))
     append(connection, job_id, now, ("submitted", {}))
     if key is not None:
         connection.execute(
             insert(idempotency).values(owner=key.owner, key=key.key, request_hash=key.request_hash, job_id=job_id)
         )
-    return read_job(row)
+    return job
 
 
 def earlier(connection: Connection, key: Idempotency) -> Job | None:

@@ -244,12 +244,14 @@ alias_moves = Table(
     Index(None, "owner", "name", "id"),
 )
 
-# The bytes of each owner's published artifacts, changed with the rows that publish and delete them.
+# What each owner's jobs take: artifacts that are published, and unfinished jobs. Changed with the rows that it sums up.
 usage = Table(
     "usage",
     metadata,
     Column("owner", String(96), primary_key=True),
     Column("artifact_bytes", BigInteger, nullable=False),
+    Column("reserved_bytes", BigInteger, nullable=False),
+    Column("unfinished", BigInteger, nullable=False),
 )
 
 # No foreign keys: an entry outlives the merge and the key that it names.

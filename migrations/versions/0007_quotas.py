@@ -22,14 +22,24 @@ def upgrade() -> None:
         "usage",
         sa.Column("owner", sa.String(length=96), nullable=False),
         sa.Column("artifact_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("reserved_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("unfinished", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("owner", name="pk_usage"),
     )
     op.execute(sa.text("UPDATE jobs SET reserved_bytes = total_bytes WHERE finished_at IS NULL"))
-    jobs = sa.table("jobs", sa.column("owner"), sa.column("artifact", sa.JSON()), sa.column("deleted_at"))
+    names = ("owner", "deleted_at", "finished_at", "reserved_bytes")
+    jobs = sa.table("jobs", *map(sa.column, names), sa.column("artifact", sa.JSON()))
     size = sa.cast(jobs.c.artifact["size"].as_string(), sa.BigInteger)
-    kept = sa.select(jobs.c.owner, sa.func.sum(size)).where(jobs.c.artifact.is_not(None), jobs.c.deleted_at.is_(None))
-    usage = sa.table("usage", sa.column("owner"), sa.column("artifact_bytes"))
-    op.execute(usage.insert().from_select(["owner", "artifact_bytes"], kept.group_by(jobs.c.owner)))
+    ended = jobs.c.finished_at.is_not(None)
+    sums = sa.select(
+        jobs.c.owner,
+        sa.func.sum(sa.case((jobs.c.deleted_at.is_(None) & jobs.c.artifact.is_not(None), size), else_=0)),
+        sa.func.sum(sa.case((ended, 0), else_=jobs.c.reserved_bytes)),
+        sa.func.sum(sa.case((ended, 0), else_=1)),
+    )
+    columns = ["owner", "artifact_bytes", "reserved_bytes", "unfinished"]
+    usage = sa.table("usage", *map(sa.column, columns))
+    op.execute(usage.insert().from_select(columns, sums.group_by(jobs.c.owner)))
     op.create_index(
         "ix_jobs_reserved", "jobs", ["owner", "reserved_bytes"], sqlite_where=RESERVED, postgresql_where=RESERVED
     )
