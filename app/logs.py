@@ -23,7 +23,7 @@ FIELDS = ("request", "merge", "attempt", "owner")
 TALKING = ("mergeyard", "uvicorn")  # whose INFO is told; of other libraries, warnings
 
 # Keys, and passwords in URLs. Nothing logs them on purpose, but libraries put what they met into their errors.
-_SECRET = re.compile(r"(mrg_[0-9a-z]{12}_)[0-9a-z]+|(://[^\s:/@]*:)[^\s/@]+(?=@)")
+_SECRET = re.compile(r"(mrg_[0-9a-z]{12}_)[0-9a-z]+|(whsec_)[\w+/=]+|(://[^\s:/@]*:)[^\s/@]+(?=@)")
 
 _about: ContextVar[Mapping[str, object]] = ContextVar("about", default=MappingProxyType({}))
 
@@ -84,4 +84,4 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _clean(text: str) -> str:
-    return _SECRET.sub(lambda found: (found[1] or found[2]) + "***", text)
+    return _SECRET.sub(lambda found: (found[1] or found[2] or found[3]) + "***", text)

@@ -27,6 +27,7 @@ from app.api import (
     session,
     sources,
     uploads,
+    webhooks,
     workers,
 )
 from app.api.callers import Callers
@@ -44,6 +45,7 @@ from app.records.aliases import Aliases
 from app.records.audit import Audit
 from app.records.bell import Bell
 from app.records.database import Database
+from app.records.deliveries import Deliveries
 from app.records.following import Following
 from app.records.janitor import Janitor
 from app.records.jobs import Jobs
@@ -55,6 +57,9 @@ from app.records.sessions import Sessions
 from app.records.workers import Workers
 from app.settings import Settings
 from app.sources.uploads import UploadStore
+from app.webhooks.courier import Courier
+from app.webhooks.outbound import Allowed
+from app.webhooks.signing import read_secrets
 
 UPLOADS_AT_ONCE = 8  # more wait their turn
 CATCHING_UP_AT_ONCE = 4  # event streams that read what happened before
@@ -87,11 +92,16 @@ def create_app(settings: Settings) -> FastAPI:
         api.state.upload_limiter = CapacityLimiter(UPLOADS_AT_ONCE)
         api.state.catch_up_limiter = CapacityLimiter(CATCHING_UP_AT_ONCE)
         janitor.start()
-        streaming = asyncio.create_task(service.streams.run())
+        tasks = [asyncio.create_task(service.streams.run())]
+        if service.webhook_hosts.anybody:
+            courier = Courier(service.deliveries, service.webhook_hosts, read_secrets(settings.webhook_secret))
+            tasks.append(asyncio.create_task(courier.run()))
         try:
             yield
         finally:
-            streaming.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)  # none is in the middle of the database when that closes
             await run_in_threadpool(janitor.stop)
             await run_in_threadpool(service.failures.flush)
             service.limits.close()
@@ -113,7 +123,22 @@ def create_app(settings: Settings) -> FastAPI:
     api.add_middleware(Gate)
     api.add_middleware(RequestIds)
     api.add_middleware(Measured)
-    resources = (merges, files, aliases, hub, uploads, sources, queues, workers, session, audit, health, metrics, docs)
+    resources = (
+        merges,
+        files,
+        aliases,
+        hub,
+        uploads,
+        sources,
+        queues,
+        workers,
+        webhooks,
+        session,
+        audit,
+        health,
+        metrics,
+        docs,
+    )
     routers = [resource.router for resource in resources]
     for router in routers:
         api.include_router(router)
@@ -161,4 +186,6 @@ def open_service(settings: Settings) -> Service:
             most=settings.max_streams,
             most_of_one=settings.max_streams_per_key,
         ),
+        webhook_hosts=Allowed.read(settings.webhook_hosts, settings.webhook_private_hosts),
+        deliveries=Deliveries(database),
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     rate_failures: int = Field(30, ge=0, description="Wrong keys a minute from one address; 0: no limit")
     max_streams: int = Field(2000, ge=0, description="Event streams open at once in one API process")
     max_streams_per_key: int = Field(100, ge=0, description="Of these, with one key; without keys, from one address")
+    webhook_hosts: str = Field("", description="Hosts that webhooks may be sent to; empty: none are")
+    webhook_private_hosts: str = Field("", description="Such hosts that may have addresses of private networks")
+    webhook_secret: str = Field(
+        "", repr=False, description="whsec_…; more than one, with spaces between: the new first"
+    )
     session_hours: float = Field(12.0, gt=0, le=24 * 30, description="How long a page stays signed in")
     queue: str = Field("default", description="The queue this worker serves")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")
@@ -53,6 +58,30 @@ class Settings(BaseSettings):
         if "://" in value:
             raise ValueError("object storage is not supported yet: name a folder")
         return value
+
+    @field_validator("webhook_hosts", "webhook_private_hosts")
+    @classmethod
+    def _hosts(cls, value: str) -> str:
+        from app.webhooks.outbound import Allowed  # noqa: PLC0415 (its import is what a client's command would wait for)
+
+        if value:
+            Allowed.read(value, "")
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _secrets(cls, value: str) -> str:
+        from app.webhooks.signing import read_secrets  # noqa: PLC0415
+
+        if value:
+            read_secrets(value)
+        return value
+
+    @model_validator(mode="after")
+    def _signed(self) -> Self:
+        if (self.webhook_hosts or self.webhook_private_hosts) and not self.webhook_secret:
+            raise ValueError("webhooks are signed: MERGEYARD_WEBHOOK_SECRET is missing")
+        return self
 
     @property
     def root(self) -> Path:

@@ -66,10 +66,16 @@ class FailedAttempt(TypedDict):
     message: str
 
 
+class Webhook(TypedDict):
+    url: str
+    events: list[str]
+
+
 class Merge(MergeSummary):
     failures: list[FailedAttempt]
     retry_at: str | None
     recipe: dict[str, Any]
+    webhook: Webhook | None
     resolved: dict[str, Any]
     estimates: dict[str, int]
     warnings: list[Problem]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from app import strict_json
 from app.errors import MergeyardError, Problem
 from app.recipe.grammar import Recipe
 from app.recipe.parse import parse_recipe, place, unknown_key
+from app.webhooks.outbound import MAX_URL, Allowed
 
 JSON_TYPES = frozenset({"application/json"})
 YAML_TYPES = frozenset({"application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml"})
@@ -20,11 +21,29 @@ MAX_LABELS = 32
 
 # Part of the design and not carried out yet: refused by name, never ignored.
 LATER = {
-    "webhook": "poll GET /merges/{id} instead",
     "expires_in": "delete the merge when you no longer need it",
 }
 
 Label = Annotated[str, Field(max_length=200)]
+
+
+End = Literal["succeeded", "failed", "cancelled"]
+
+
+class WebhookRequest(BaseModel):
+    """Whom to tell when the merge has ended, and of which ends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    url: str = Field(min_length=1, max_length=MAX_URL, examples=["https://hooks.example.com/merges"])
+    events: list[End] = Field(["succeeded", "failed", "cancelled"], min_length=1, max_length=3)
+
+
+def _spelled_out(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+Webhook = Annotated[WebhookRequest, BeforeValidator(_spelled_out, json_schema_input_type=WebhookRequest | str)]
 
 
 class Envelope(BaseModel):
@@ -39,6 +58,9 @@ class Envelope(BaseModel):
         default_factory=dict, max_length=MAX_LABELS, description="Names and values for people and filters"
     )
     pinned: bool = Field(False, description="Keep the artifact until it is deleted; today everything is kept")
+    webhook: Webhook | None = Field(
+        None, description="Who is told when the merge has ended: a URL, or with it the ends that it is told of"
+    )
     force: bool = Field(False, description="Merge again even where an equal result exists; today every merge is made")
 
 
@@ -52,7 +74,9 @@ class Submission(BaseModel):
 
     def canonical(self) -> bytes:
         """The same bytes for requests that mean the same: what an Idempotency-Key is compared by."""
-        rest = self.envelope.model_dump(mode="json", exclude={"recipe"})
+        rest = self.envelope.model_dump(mode="json", exclude={"recipe", "webhook"})
+        if self.envelope.webhook is not None:  # else as before there were webhooks: keys outlive an upgrade
+            rest["webhook"] = self.envelope.webhook.model_dump(mode="json")
         value = {"recipe": submitted(self.recipe), **rest}
         return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
@@ -70,12 +94,12 @@ async def body_of(request: Request) -> tuple[str, bytes]:
 Body = Annotated[tuple[str, bytes], Depends(body_of)]
 
 
-def read_submission(media_type: str, body: bytes) -> Submission:
-    """Parse an envelope and the recipe in it.
+def read_submission(media_type: str, body: bytes, hosts: Allowed) -> Submission:
+    """Parse an envelope and the recipe in it. ``hosts``: those that a webhook may name.
 
     Raises:
-        MergeyardError: `request_invalid`, `unknown_key`, `not_supported`, and what `parse_recipe` raises, with all
-            problems at once.
+        MergeyardError: `request_invalid`, `unknown_key`, `not_supported`, `webhook_refused`, and what `parse_recipe`
+            raises, with all problems at once.
     """
     if media_type in YAML_TYPES:
         return Submission(envelope=Envelope(recipe=""), recipe=_recipe(body))
@@ -91,6 +115,8 @@ def read_submission(media_type: str, body: bytes) -> Submission:
     try:
         envelope = Envelope.model_validate({key: value for key, value in raw.items() if key in Envelope.model_fields})
         problems.extend(_unstorable(envelope.labels, "labels"))
+        if envelope.webhook is not None and (refusal := hosts.refusal(envelope.webhook.url)):
+            problems.append(Problem(code="webhook_refused", message=f"{refusal}.", where="webhook.url"))
     except ValidationError as error:
         problems.extend(
             Problem(code="request_invalid", message=f"{found['msg']}.", where=place(found["loc"]))

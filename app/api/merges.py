@@ -82,7 +82,7 @@ async def plan(caller: Merging, body: Body, serving: Serving) -> MergePlan:
     """Everything POST /merges would check, and what the merge would take, without queueing anything."""
 
     def planned() -> MergePlan:
-        submission = read_submission(*body)
+        submission = read_submission(*body, serving.webhook_hosts)
         return MergePlan.of(make_plan(submission.recipe, serving.resolver(caller.owner)))
 
     return await serving.planning.take(planned)
@@ -214,7 +214,7 @@ def _asked(
 
     That is looked up before planning: a retry must find its merge even where the files have changed or gone since.
     """
-    submission = read_submission(*body)
+    submission = read_submission(*body, serving.webhook_hosts)
     idempotency = _idempotency(caller.owner, key, submission)
     earlier = serving.jobs.earlier(idempotency) if idempotency else None
     if earlier is not None:
@@ -257,6 +257,7 @@ def _new_job(submission: Submission, plan: Plan, owner: str, max_attempts: int) 
         labels=envelope.labels,
         max_attempts=max_attempts,
         pinned=envelope.pinned,
+        webhook=None if envelope.webhook is None else envelope.webhook.model_dump(mode="json"),
     )
 
 

@@ -120,10 +120,18 @@ class MergeSummary(Document):
         return cls(**_summary(job))
 
 
+class WebhookDocument(Document):
+    """Who is told of which ends of a merge."""
+
+    url: str
+    events: list[str]
+
+
 class Merge(MergeSummary):
     """A merge: one job, from its recipe to its artifact."""
 
     recipe: dict[str, Any] = Field(description="As submitted")
+    webhook: WebhookDocument | None = Field(description="Who is told when it ends")
     failures: list[FailedAttempt] = Field(description="The attempts that failed, in order; hand-backs are none")
     retry_at: datetime | None = Field(
         description="While queued after a failure, or without room: the next attempt begins no sooner"
@@ -138,6 +146,7 @@ class Merge(MergeSummary):
         return cls(
             **_summary(job),
             recipe=dict(job.recipe),
+            webhook=None if job.webhook is None else WebhookDocument(**job.webhook),
             failures=[FailedAttempt(**failure) for failure in job.failures],
             retry_at=job.retry_at,
             waits_for=job.waits_for,

@@ -23,6 +23,7 @@ from app.records.aliases import Aliases
 from app.records.audit import Audit
 from app.records.bell import Bell
 from app.records.database import Database
+from app.records.deliveries import Deliveries
 from app.records.janitor import sweep
 from app.records.job import Job
 from app.records.jobs import Jobs
@@ -38,6 +39,7 @@ from app.records.workers import Workers
 from app.settings import Settings
 from app.sources.resolver import Resolver
 from app.sources.uploads import UploadStore
+from app.webhooks.outbound import Allowed
 
 log = logging.getLogger("mergeyard.api")
 
@@ -67,6 +69,8 @@ class Service:
     readiness: Readiness
     figures: Figures
     streams: Streams
+    webhook_hosts: Allowed
+    deliveries: Deliveries
 
     def resolver(self, owner: str) -> Resolver:
         """Where the references of this owner's recipes lead."""

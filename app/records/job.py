@@ -68,6 +68,7 @@ class Job:
     pinned: bool
     expires_in: int | None  # seconds after publication
     expires_at: datetime | None
+    webhook: Mapping[str, Any] | None  # {"url","events"}: who is told when it ends
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -129,6 +130,7 @@ class NewJob:
     max_attempts: int = 3
     pinned: bool = False
     expires_in: int | None = None
+    webhook: Mapping[str, Any] | None = None
     kind: str = "merge"
 
 

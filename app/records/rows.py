@@ -15,6 +15,7 @@ from app.records import quotas
 from app.records.database import clock
 from app.records.job import Idempotency, Job, LeaseLost, NewJob, Ring, Stage, Status
 from app.records.key import ALPHABET, Caller, random_text
+from app.records.outbox import enqueue
 from app.records.tables import events, idempotency, jobs
 from app.records.transitions import LONGEST_PAUSE, Change, Happening
 
@@ -76,6 +77,7 @@ def apply(connection: Connection, job: Job, change: Change) -> Job:
     written = read_job(row)
     taken = quotas.taken_by(written) if row.deleted_at is None else quotas.NOTHING
     quotas.account(connection, job.owner, taken - quotas.taken_by(job))
+    enqueue(connection, written, now, [kind for kind, _ in change.events])
     return written
 
 
@@ -114,6 +116,7 @@ def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> 
             reserved_bytes=new.total_bytes,
             pinned=new.pinned,
             expires_in=new.expires_in,
+            webhook=None if new.webhook is None else dict(new.webhook),
             created_at=now,
             updated_at=now,
             rung_at=now,

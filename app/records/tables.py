@@ -20,6 +20,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     text,
     true,
 )
@@ -109,6 +110,7 @@ jobs = Table(
     Column("pinned", Boolean, nullable=False),
     Column("expires_in", Integer),  # seconds after publication
     Column("expires_at", UtcTime),
+    Column("webhook", _absent_json()),
     Column("created_at", UtcTime, nullable=False),
     Column("started_at", UtcTime),
     Column("finished_at", UtcTime),
@@ -159,6 +161,22 @@ totals = Table(
     Column("label", String(96), primary_key=True),
     Column("bound", String(16), primary_key=True),  # of a histogram: the bucket's, or "sum"; else empty
     Column("value", BigInteger, nullable=False),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    _job(nullable=False, index=True),
+    Column("owner", String(96), nullable=False),
+    Column("type", String(64), nullable=False),
+    Column("url", String(2000), nullable=False),
+    Column("body", Text, nullable=False),  # as it is signed, byte by byte
+    Column("state", String(16), nullable=False),
+    Column("attempts", JSON, nullable=False),
+    Column("next_at", UtcTime, index=True),  # None: never again
+    Column("created_at", UtcTime, nullable=False),
+    Column("finished_at", UtcTime),
 )
 
 idempotency = Table(

@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_its_commands_run_in_order(fresh_api: ServedApi, folder: Path) -> None:
     merge = fresh_api.published({"model.safetensors": bytes(1000)})
-    assert len(COMMANDS) == 29
+    assert len(COMMANDS) == 31
     for command in COMMANDS:
         here = command.replace("http://127.0.0.1:8000", fresh_api.url).replace("$ID", merge.id)
         if command.endswith("/cancel"):
@@ -55,7 +55,7 @@ def test_every_code_is_raised_somewhere() -> None:
 
 
 def test_its_error_is_one(api: ServedApi) -> None:
-    block = next(block for block in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL) if '"status"' in block)
+    block = next(block for block in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL) if '"fault"' in block)
     real = api.http.get("/nowhere").json()
     assert set(json.loads(block)) == set(real)
     assert json.loads(block)["title"] == CODES["parameter_invalid"].title

@@ -101,6 +101,8 @@ def test_every_path_of_the_issue_is_there() -> None:
         "/uploads": ["post"],
         "/sources": ["get"],
         "/queues": ["get"],
+        "/webhooks": ["get"],
+        "/merges/{id}/webhooks": ["get"],
         "/workers": ["get"],
         "/session": ["delete", "get", "post"],
         "/audit": ["get"],
@@ -127,6 +129,8 @@ def test_every_answer_has_its_documented_shape(api: ServedApi) -> None:
         f"/api/models/merges/{merge.id}/tree/main/folder": f"{model}/tree/{{revision}}/{{path}}",
         "/sources": "/sources",
         "/queues": "/queues",
+        "/webhooks": "/webhooks",
+        f"/merges/{merge.id}/webhooks": "/merges/{id}/webhooks",
         "/workers": "/workers",
         "/session": "/session",
         "/audit": "/audit",
@@ -170,7 +174,7 @@ def test_the_commands_on_the_page_run(api: ServedApi) -> None:
     api.http.put("/aliases/shown", json={"merge": merge.id})
     page = unescape(api.http.get("/docs").text)
     commands = re.findall(r"<pre>(curl .*?)</pre>", page, re.DOTALL)
-    assert len(commands) == 37
+    assert len(commands) == 39
     for command in commands:
         if "-F" in command or "-X" in command:  # files that are not here, and what ends the merge
             continue

@@ -56,9 +56,10 @@ def _migrate(database: Database, step: Callable[[Config, str], None], revision: 
 def fill(database: Database) -> None:
     """Jobs in every state with their events, shards and keys, and one row in every table that jobs do not fill."""
     jobs = Jobs(database)
+    webhook = {"url": "https://hooks.example.com/", "events": ["succeeded"]}
     for end in ("queued", "running", "cancelling", "succeeded", "failed", "cancelled"):
         key = Idempotency(owner="me", key=end, request_hash="1" * 64)
-        job, _ = jobs.submit(new_job(labels={"é": "ü"}, max_attempts=1), idempotency=key)
+        job, _ = jobs.submit(new_job(labels={"é": "ü"}, max_attempts=1, webhook=webhook), idempotency=key)
         if end == "queued":
             continue
         running = jobs.claim(job.id, lease_seconds=60)

@@ -1,0 +1,1 @@
+"""Webhooks: telling somebody's server that a merge has ended."""
