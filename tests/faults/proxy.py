@@ -36,6 +36,7 @@ class Proxy:
     faults: Counter[str] = field(default_factory=Counter)
     connections: int = 0
     calm: bool = False  # new connections are left alone
+    cut_after: int | None = None  # bytes of the server's: whatever carries more is cut there
     port: int = 0
     _open: set[Link] = field(default_factory=set)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
@@ -96,8 +97,9 @@ class Link:
 
     async def carry(self) -> None:
         """Both ways, until an end closes or the fault does."""
-        ways = [(self._client[0], self._server[1]), (self._server[0], self._client[1])]
-        await asyncio.gather(*(self._pass_on(*way) for way in ways))
+        to_server = self._pass_on(self._client[0], self._server[1], None)
+        to_client = self._pass_on(self._server[0], self._client[1], self._proxy.cut_after)
+        await asyncio.gather(to_server, to_client)
         self.close()
 
     def strike(self, fault: str) -> None:
@@ -122,11 +124,16 @@ class Link:
         for _, writer in (self._client, self._server):
             writer.transport.abort()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut_after: int | None) -> None:
+        passed = 0
         with contextlib.suppress(OSError, RuntimeError):
             while data := await reader.read(PIECE):
                 if self._fault == "swallow":
                     continue
+                passed += len(data)
+                if cut_after is not None and passed > cut_after:
+                    self.strike("cut")
+                    return
                 if self._fault == "delay":
                     await asyncio.sleep(self._proxy.rng.uniform(0, DELAY_SECONDS))
                 writer.write(data)

@@ -82,6 +82,13 @@ def test_a_cut_ends_both_ways(proxy: Proxy) -> None:
     assert proxy.faults == {"cut": 1}
 
 
+def test_a_connection_that_carries_too_much_is_cut(proxy: Proxy) -> None:
+    proxy.cut_after = 5
+    with connected(proxy) as client, suppress(ConnectionError):
+        assert say(client, b"x") == b""
+    assert proxy.faults == {"cut": 1}
+
+
 def test_a_half_closed_connection_has_one_way_left(proxy: Proxy) -> None:
     proxy.rng = random.Random(1)  # closes the server's half
     with connected(proxy) as client:
