@@ -10,6 +10,7 @@ from app.planning.depth import restack_config
 from app.planning.layout import restacked
 from app.planning.named_code import imports_code, without_code
 from app.planning.plan import Contribution, Document, Estimates, LoraFactors, ShardPlan, TensorPlan
+from app.planning.renamed_keys import with_old_names
 from app.planning.resolving import Resolved
 from app.planning.tokenizer_files import (
     chat_template,
@@ -105,7 +106,7 @@ def documents_of(
     """What is written anew, and what is copied: the base's files, and those of the tokenizer that the recipe chose.
 
     config.json has the output's dtype and ``size``, the rows of a vocabulary that is not the base's. What names code
-    goes from every config.
+    goes from every config, and what transformers 5 has renamed stands under the old names, too.
     """
     base = resolved.base
     config = restack_config(base, base.config, restacked(resolved))
@@ -125,7 +126,7 @@ def documents_of(
             own = read_document(file, base.reference)
             moved = vocabulary is not None and file.name == "generation_config.json"
             value = renumbered(own, vocabulary) if vocabulary is not None and moved else own
-            if value != own or without_code(own) != own:
+            if _written(file.name, value) != own:
                 documents[file.name] = value
     template = chat_template(recipe.chat_template, resolved) if recipe.chat_template else None
     if template is not None:
@@ -133,12 +134,17 @@ def documents_of(
         if written is None and TOKENIZER_CONFIG in files:
             written = read_document(files[TOKENIZER_CONFIG], base.reference)
         documents |= template_documents(template, written if isinstance(written, Mapping) else None, files)
-    stripped: dict[str, Document] = {
-        name: value if name in OF_TOKENS else without_code(value) for name, value in documents.items()
-    }
+    settled = {name: _written(name, value) for name, value in documents.items()}
     if MODULES in files and imports_code(read_value(files[MODULES], base.reference)):
         del files[MODULES]
-    return stripped, tuple(file for name, file in files.items() if name not in stripped)
+    return settled, tuple(file for name, file in files.items() if name not in settled)
+
+
+def _written(name: str, document: Document) -> Document:
+    """A document as it goes into the artifact: it names no code, and every transformers since 4.57 reads it."""
+    if name in OF_TOKENS or not isinstance(document, Mapping):
+        return document
+    return with_old_names(name, without_code(document))
 
 
 def _is_config(name: str) -> bool:
