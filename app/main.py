@@ -149,7 +149,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def open_service(settings: Settings) -> Service:
     """Everything the endpoints work with, made from settings. Connects to nothing yet."""
-    database = Database(settings.database)
+    database = Database(settings.database, answer_seconds=settings.database_seconds)
     jobs = Jobs(database, retry_seconds=settings.retry_seconds)
     store = LocalStore(settings.artifacts, keep_free=settings.min_free_bytes)
     keys, sessions, entries = Keys(database), Sessions(database), Audit(database)

@@ -16,6 +16,7 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(Path("mergeyard-data"), description="Folder for everything the service keeps")
     database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in the data folder")
+    database_seconds: float = Field(10.0, ge=0.5, description="How long PostgreSQL may take to answer one statement")
     broker_url: str = Field("", description="Redis or Valkey URL; empty: a Valkey socket in the data folder")
     artifact_store: str = Field("", description="Folder of the published artifacts; empty: in the data folder")
     model_roots: str = Field("", description="Colon-separated folders that `models:` references may name")

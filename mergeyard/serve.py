@@ -29,7 +29,7 @@ def serve(settings: Settings, descriptor: int | None = None) -> None:
         MergeyardError: `not_ready` where the database needs `mergeyard migrate`, `database_unavailable`.
     """
     logs.set_up(settings.log_format)
-    database = Database(settings.database)
+    database = Database(settings.database, answer_seconds=settings.database_seconds)
     database.check()
     sockets = None if descriptor is None else [socket.socket(fileno=descriptor)]
     host = settings.host if sockets is None else str(sockets[0].getsockname()[0])

@@ -75,7 +75,7 @@ def _prepared(settings: Settings) -> Iterator[socket.socket]:
 
     Where the broker is somebody else's, see that it answers before anything waits for it.
     """
-    database = Database(settings.database)
+    database = Database(settings.database, answer_seconds=settings.database_seconds)
     database.migrate()
     keyless = check_exposure(settings.host, database)
     database.close()

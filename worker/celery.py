@@ -96,7 +96,7 @@ def make_celery(settings: Settings, name: str, *, tasks: str = "worker.tasks") -
 
 
 def _check_reachable(settings: Settings) -> None:
-    database, bell = Database(settings.database), Bell(settings.broker)
+    database, bell = Database(settings.database, answer_seconds=settings.database_seconds), Bell(settings.broker)
     try:
         database.check()
         bell.check()
@@ -108,7 +108,7 @@ def _check_reachable(settings: Settings) -> None:
 @contextmanager
 def _watched(settings: Settings, worker: NewWorker, deaf: threading.Event) -> Iterator[None]:
     """Says that the worker lives, and ends it where it hears nothing while jobs wait, once it has begun to listen."""
-    database, bell = Database(settings.database), Bell(settings.broker)
+    database, bell = Database(settings.database, answer_seconds=settings.database_seconds), Bell(settings.broker)
 
     def leave() -> None:
         deaf.set()

@@ -65,7 +65,7 @@ def open_workplace(settings: Settings, worker: str) -> Workplace:
     """Open the database and compile the kernels, so that the first job does not pay for it. ``worker``: its name."""
     kernels = load(settings.device)
     warm_up(kernels)
-    database = Database(settings.database)
+    database = Database(settings.database, answer_seconds=settings.database_seconds)
     _tell_device(database, worker, kernels)
     return Workplace(
         settings=settings,

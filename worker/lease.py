@@ -87,7 +87,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise what ends this attempt, if anything does."""
-        if self._lost:
+        if self._over():
             raise LeaseLost(self.job_id)
         if self._cancel:
             raise CancelRequested(self.job_id)
@@ -100,7 +100,7 @@ class Lease:
             try:
                 return write()
             except MergeyardError as error:
-                if error.code != "database_unavailable" or self._lost:
+                if error.code != "database_unavailable" or self._over():
                     raise
                 self._log.warning("%s", error)
                 time.sleep(0.5)
@@ -111,7 +111,7 @@ class Lease:
         every = min(BEAT_SECONDS, self._seconds / 4)
         while not self._done.wait(min(PROGRESS_SECONDS, every)):
             due = time.monotonic() - self._last_beat >= every
-            if not self._lost and (due or self._progress != self._written):
+            if not self._over() and (due or self._progress != self._written):
                 self._beat()
             self._watch_for_hanging()
 
@@ -127,13 +127,23 @@ class Lease:
         except Exception as error:  # the thread must outlive whatever a database can raise
             self._log.warning("heartbeat failed: %s", error)
             # By the database's clock the lease is over, and somebody may hold it by now.
-            self._lost = began - self._last_beat > self._seconds
+            self._lost = time.monotonic() - self._last_beat > self._seconds
         else:
             self._cancel = self._cancel or beat.cancel_requested
             self._last_beat, self._written = began, progress
 
+    def _over(self) -> bool:
+        """Whether another attempt may own the job by now.
+
+        The thread may be waiting for a database that does not answer, so it is not asked: a lease that was not
+        prolonged for twice its length is over. (Once is not enough: a beat that is only late finds out by itself.)
+        """
+        if time.monotonic() - self._last_beat > 2 * self._seconds:
+            self._lost = True
+        return self._lost
+
     def _watch_for_hanging(self) -> None:
-        if not (self._lost or self._cancel or self._stop.made):
+        if not (self._over() or self._cancel or self._stop.made):
             return
         if self._told_at is None:
             self._told_at = time.monotonic()

@@ -15,7 +15,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
@@ -77,8 +76,6 @@ def as_mergeyard_error(error: Exception) -> MergeyardError:
         return error
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return MergeyardError("disk_full", "The service's disk is full; ask its operator to free space.")
-    if isinstance(error, PoolTimeout):
-        return MergeyardError("database_unavailable", "Every database connection is in use; try again in a moment.")
     return MergeyardError(
         "internal",
         "Something unexpected happened. Give the request id to the operator: the log has the rest.",

@@ -15,7 +15,7 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz", response_model=Health, summary="Is the process alive?")
-def healthz() -> Health:
+async def healthz() -> Health:  # in the event loop: every thread may be waiting for a database that does not answer
     return Health(status="ok", version=app.__version__)
 
 

@@ -15,20 +15,16 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 import migrations
 from app.errors import MergeyardError
+from app.records.postgresql import Silence, postgresql, wait_for_ever
 from app.records.tables import UtcTime
 
 BUSY_SECONDS = 15.0
-# libpq's, for TCP: a network that swallows packets is an error within half a minute, not a wait for ever.
-_NETWORK_DIED = {
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 20_000,  # milliseconds
-}
+ANSWER_SECONDS = 10.0
 MIGRATION_LOCK = 0x6D657267  # "merg": the PostgreSQL advisory lock every migrating process takes
 
 
@@ -39,9 +35,12 @@ class Database:
     raises MergeyardError ``database_unavailable``.
     """
 
-    def __init__(self, url: str) -> None:
-        self.engine = _sqlite(url) if make_url(url).get_backend_name() == "sqlite" else _postgresql(url)
+    def __init__(self, url: str, *, answer_seconds: float | None = ANSWER_SECONDS) -> None:
+        """``answer_seconds``: how long PostgreSQL may take to answer a statement. None is for whoever has all day."""
+        lite = make_url(url).get_backend_name() == "sqlite"
+        self.engine = _sqlite(url) if lite else postgresql(url, answer_seconds)
         self._reader = self.engine.execution_options(mergeyard_reads=True)
+        self._silence = Silence()
 
     @property
     def dialect(self) -> str:
@@ -51,13 +50,13 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that may write; commits at the end of the block, rolls back when it raises."""
-        with _reachable(), self.engine.begin() as connection:
+        with self._transaction(self.engine) as connection:
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that only reads; on SQLite it never waits for a writer."""
-        with _reachable(), self._reader.begin() as connection:
+        with self._transaction(self._reader) as connection:
             yield connection
 
     def now(self) -> datetime:
@@ -82,6 +81,7 @@ class Database:
         config = migrations_config()
         with self.write() as connection:  # on SQLite this transaction holds the only write lock
             if self.dialect == "postgresql":
+                wait_for_ever(connection)
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -89,6 +89,25 @@ class Database:
     def close(self) -> None:
         """Close every pooled connection."""
         self.engine.dispose()
+
+    @contextmanager
+    def _transaction(self, engine: Engine) -> Iterator[Connection]:
+        try:
+            with self._silence.asking():
+                connection = engine.connect()  # a new one, or one that answered: see ``pool_pre_ping``
+            with connection, connection.begin():
+                yield connection
+        except DBAPIError as error:
+            if not (isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated):
+                raise
+            self._silence.note(error)
+            raise MergeyardError(
+                "database_unavailable",
+                "The database cannot be reached or cannot be written to; try again shortly.",
+            ) from error
+        except PoolTimeout as error:
+            message = "Every database connection is in use; try again in a moment."
+            raise MergeyardError("database_unavailable", message) from error
 
 
 def clock(connection: Connection) -> datetime:
@@ -98,17 +117,6 @@ def clock(connection: Connection) -> datetime:
         return datetime.fromisoformat(moment).replace(tzinfo=UTC)
     moment = connection.execute(text("SELECT clock_timestamp() AS now").columns(now=UtcTime)).scalar_one()
     return cast(datetime, moment)
-
-
-@contextmanager
-def _reachable() -> Iterator[None]:
-    try:
-        yield
-    except (OperationalError, InterfaceError) as error:
-        raise MergeyardError(
-            "database_unavailable",
-            "The database cannot be reached or cannot be written to; try again shortly.",
-        ) from error
 
 
 def migrations_config() -> Config:
@@ -154,10 +162,3 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
-
-
-def _postgresql(url: str) -> Engine:
-    location = make_url(url)
-    if location.drivername in ("postgresql", "postgres"):
-        location = location.set(drivername="postgresql+psycopg")
-    return create_engine(location, pool_pre_ping=True, connect_args={"connect_timeout": 5, **_NETWORK_DIED})

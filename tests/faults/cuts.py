@@ -15,10 +15,7 @@ from tests.faults.load import Load
 from tests.faults.proxy import Address, Proxy, proxied
 from tests.faults.service import running
 
-DATABASE: Mapping[str, float] = {"none": 1, "cut": 4, "delay": 2, "half-close": 2}
-# Here a connection may also go silent. Before a database that would be a server that never answers a query: no client
-# can tell it from a slow one, and a network that is silent is libpq's and TCP's to notice.
-BROKER: Mapping[str, float] = {**DATABASE, "swallow": 1}
+FAULTS: Mapping[str, float] = {"none": 1, "cut": 4, "delay": 2, "half-close": 2, "swallow": 1}
 DRAIN_SECONDS = 120.0
 PATIENCE = 4  # times the seconds asked for: how many connections there are to break is up to the load
 
@@ -38,8 +35,8 @@ def break_by_cuts(
     folder.mkdir()
     socket_path, rng = folder / "real.sock", random.Random(seed)
     with ExitStack() as stack:
-        broker = stack.enter_context(proxied(Proxy(folder / "cut.sock", socket_path, random.Random(seed + 2), BROKER)))
-        where = Proxy(("127.0.0.1", 0), server_address(database_url), random.Random(seed + 3), DATABASE)
+        broker = stack.enter_context(proxied(Proxy(folder / "cut.sock", socket_path, random.Random(seed + 2), FAULTS)))
+        where = Proxy(("127.0.0.1", 0), server_address(database_url), random.Random(seed + 3), FAULTS)
         database = stack.enter_context(proxied(where))
         service = stack.enter_context(
             running(
@@ -58,8 +55,7 @@ def break_by_cuts(
             time.sleep(rng.uniform(0.2, 1.5))
             rng.choice((broker, database)).break_all(rng.choice(("cut", "cut", "delay", "half-close")))
         for proxy in (broker, database):
-            proxy.calm = True
-            proxy.break_all("cut")
+            proxy.recover()
         load.drain(DRAIN_SECONDS)
         found = audit(service.settings, load.accepted, load.deleted)
     found.lost += sorted(load.open)

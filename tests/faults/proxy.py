@@ -50,6 +50,16 @@ class Proxy:
 
         asyncio.run_coroutine_threadsafe(strike(), self._loop).result(10)
 
+    def hang(self) -> None:
+        """Become a server that takes connections and never answers, until ``recover``. From any thread."""
+        self.weights, self.lifetime, self.calm = {"swallow": 1}, (0.0, 0.0), False
+        self.break_all("swallow")
+
+    def recover(self) -> None:
+        """Leave new connections alone, and end those that are open. From any thread."""
+        self.calm = True
+        self.break_all("cut")
+
     async def _serve(self, ready: threading.Event, stopping: asyncio.Event) -> None:
         if isinstance(self.listen, Path):
             server = await asyncio.start_unix_server(self._accept, self.listen)

@@ -117,6 +117,7 @@ def running(
     settings = Settings(
         data_dir=folder / "data",
         database_url=database_url,
+        database_seconds=2.0,
         broker_url=f"redis+socket://{socket_path}",
         model_roots=str(models),
         lease_seconds=LEASE_SECONDS,

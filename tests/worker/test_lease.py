@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,8 +26,20 @@ class Counting(Jobs):
         super().__init__(database)
         self.beats: list[int | None] = []
         self.away = False
+        self._answers = threading.Event()
+        self._answers.set()
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """No heartbeat is answered meanwhile."""
+        self._answers.clear()
+        try:
+            yield
+        finally:
+            self._answers.set()
 
     def heartbeat(self, job_id: str, token: str, **values: Any) -> Beat:
+        self._answers.wait()
         self.beats.append(values["progress_bytes"])
         if self.away:
             raise MergeyardError("database_unavailable", "away")
@@ -105,6 +118,14 @@ def test_a_job_that_somebody_else_took_stops_the_engine(jobs: Counting) -> None:
 def test_a_database_that_stays_away_longer_than_the_lease_stops_the_engine(jobs: Counting) -> None:
     with lease_of(jobs, 0.4) as lease:
         jobs.away = True
+        time.sleep(0.25)
+        lease.check()
+        until_raised(lease, LeaseLost)
+
+
+def test_a_database_that_does_not_answer_stops_the_engine_when_the_lease_is_over(jobs: Counting) -> None:
+    """The heartbeat hangs in it, so nothing that it could tell counts."""
+    with lease_of(jobs, 0.4) as lease, jobs.hanging():
         time.sleep(0.25)
         lease.check()
         until_raised(lease, LeaseLost)

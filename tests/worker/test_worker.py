@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import secrets
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from app.records.job import Job, Status
 from app.records.workers import Workers, WorkerState
 from app.settings import Settings
 from tests import servers, tiny
+from tests.faults.cuts import server_address, through
+from tests.faults.proxy import Proxy, proxied
 from tests.worker.yard import SHARDED, Yard, open_yard, pool_child, worker
 from worker.celery import run_worker
 from worker.engine.sinks import SCRATCH
@@ -207,6 +211,28 @@ def test_a_database_that_restarts_in_the_middle_of_a_merge_costs_no_attempt(
         done = yard.finish(job)
         assert_published(yard, done)
         assert done.attempt == 1 and yard.kinds(job) == ["submitted", "claimed", "succeeded"]
+
+
+def test_a_database_that_hangs_costs_an_attempt_and_no_worker(
+    tmp_path: Path, tiny_models: Path, broker_url: str, queue: str, postgres_database: str
+) -> None:
+    """It takes connections and answers nothing, for longer than the lease."""
+    between = Proxy(("127.0.0.1", 0), server_address(postgres_database), random.Random(0), {"none": 1})
+    with proxied(between), ExitStack() as stack:
+        yard = stack.enter_context(open_yard(tmp_path, tiny_models, broker_url, queue, database_url=postgres_database))
+        via = {"database_url": through(postgres_database, between.port), "database_seconds": 1.0}
+        cut_off = replace(yard, settings=yard.settings.model_copy(update=via))
+        process = stack.enter_context(worker(cut_off))
+        job = yard.submit(**SHARDED)
+        yard.until_shards(job, 2)
+        child = pool_child(yard, job)
+        between.hang()
+        yard.until(lambda: "worker_lost" in yard.kinds(job))
+        yard.until(lambda: not child.is_running())
+        between.recover()
+        assert_published(yard, yard.finish(job))
+        assert yard.kinds(job) == ["submitted", "claimed", "worker_lost", "claimed", "succeeded"]
+        assert process.is_running() and len(set(yard.processes(job))) == 2
 
 
 def test_an_idle_worker_stops_on_sigterm(empty_yard: Yard) -> None:
