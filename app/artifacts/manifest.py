@@ -65,7 +65,9 @@ class EarlierRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """``files`` excludes the manifest. ``fingerprint`` is the plan's digest; ``versions`` names the libraries."""
+    """``files`` excludes the manifest. ``fingerprint`` is the plan's digest; ``versions`` names the libraries, and the
+    GPU where one was used.
+    """
 
     fingerprint: str
     recipe: Mapping[str, Any]

@@ -42,12 +42,16 @@ _PIECE = 4 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOutput:
-    """What a merge wrote (all files but the manifest), read and found; ``earlier`` of the documents before the last."""
+    """What a merge wrote (all files but the manifest), read and found; ``earlier`` of the documents before the last.
+
+    ``versions``: of what calculated it.
+    """
 
     files: tuple[StoredFile, ...]
     sources: tuple[SourceRecord, ...]
     statistics: Mapping[str, TensorStatistics]
     earlier: tuple[EarlierRecord, ...]
+    versions: Mapping[str, str]
 
 
 def run_merge(
@@ -89,7 +93,13 @@ def run_merge(
             for document, own in zip(plan.earlier, found, strict=False)
         )
         small = _write_small_files(plan, sink, sources, earlier, found[-1])
-    return MergeOutput(files=(*shards, *small), sources=sources, statistics=found[-1], earlier=earlier)
+    return MergeOutput(
+        files=(*shards, *small),
+        sources=sources,
+        statistics=found[-1],
+        earlier=earlier,
+        versions=versions(kernels),
+    )
 
 
 def build_manifest(plan: Plan, output: MergeOutput) -> Manifest:
@@ -101,7 +111,7 @@ def build_manifest(plan: Plan, output: MergeOutput) -> Manifest:
         files=output.files,
         statistics=output.statistics,
         earlier=output.earlier,
-        versions=versions(),
+        versions=output.versions,
         warnings=tuple(warning.as_json() for warning in plan.warnings),
     )
 
@@ -141,9 +151,12 @@ def merge_to_folder(
     return manifest
 
 
-def versions() -> dict[str, str]:
-    """Of the engine and of what it calculates with."""
+def versions(kernels: Kernels) -> dict[str, str]:
+    """Of the engine and of what it calculates with; in the ``cuda`` room the GPU's name and what drives it, too."""
     libraries = {name: version(name) for name in ("numba", "numpy", "torch")}
+    if kernels.name == "cuda":
+        libraries |= {"triton": version("triton"), "cuda": str(torch.version.cuda)}
+        libraries["gpu"] = torch.cuda.get_device_name()
     return {"mergeyard": app.__version__, "python": platform.python_version(), **libraries}
 
 
