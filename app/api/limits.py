@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from app.settings import Settings
 WINDOW_SECONDS = 60
 PAUSE_SECONDS = 5.0  # a broker that does not answer is not asked again for this long
 ANSWER_SECONDS = 0.5
+CERTIFICATE = re.compile(r"([?&]ssl_cert_reqs=)CERT_(REQUIRED|OPTIONAL|NONE)\b")
 
 log = logging.getLogger("mergeyard.api")
 
@@ -99,10 +101,10 @@ class RateLimits:
 
 
 def _redis_url(broker: str) -> str:
-    """The broker's URL as redis-py spells it; kombu has its own for Unix sockets."""
+    """The broker's URL as redis-py spells it; kombu has words of its own for Unix sockets and certificates."""
     if broker.startswith("redis+socket://"):
         return "unix://" + broker.removeprefix("redis+socket://").replace("virtual_host=", "db=")
-    return broker
+    return CERTIFICATE.sub(lambda found: found[1] + found[2].lower(), broker)
 
 
 def network(address: str | None) -> str:

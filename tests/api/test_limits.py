@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.connection import ConnectionPool
 
 from app.api.limits import _network, _redis_url
 from app.records.key import Caller, Scope
@@ -145,3 +147,19 @@ def test_an_address_stands_for_its_subscriber(address: str | None, network: str)
 def test_a_unix_sockets_url_is_spelt_for_redis() -> None:
     assert _redis_url("redis+socket:///run/v.sock?virtual_host=3") == "unix:///run/v.sock?db=3"
     assert _redis_url("rediss://host:6380/1") == "rediss://host:6380/1"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "meaning"),
+    [
+        ("CERT_REQUIRED", ssl.CERT_REQUIRED),
+        ("CERT_OPTIONAL", ssl.CERT_OPTIONAL),
+        ("CERT_NONE", ssl.CERT_NONE),
+        ("required", ssl.CERT_REQUIRED),
+    ],
+)
+def test_what_celery_calls_a_brokers_certificate_means_the_same_here(spelling: str, meaning: ssl.VerifyMode) -> None:
+    """Or the broker of every queued merge would be one that nothing can be counted at."""
+    url = f"rediss://host:6380/1?ssl_ca_certs=/etc/ca.pem&ssl_cert_reqs={spelling}&socket_timeout=3"
+    connection = ConnectionPool.from_url(_redis_url(url)).make_connection()
+    assert (connection.cert_reqs, connection.ca_certs) == (meaning, "/etc/ca.pem")
