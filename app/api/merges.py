@@ -105,7 +105,7 @@ def list_merges(
         kept = [(key, value) for key, value in request.query_params.multi_items() if key != "cursor"]
         query = urlencode([*kept, ("cursor", page.next_cursor)])
         response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
-    return MergePage(items=[MergeSummary.of(job) for job in page.jobs], next_cursor=page.next_cursor)
+    return MergePage(items=[MergeSummary.listed(job) for job in page.jobs], next_cursor=page.next_cursor)
 
 
 @router.get("/{id}", response_model=Merge, summary="Look at a merge", responses={404: Problem})

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.artifacts.manifest import MANIFEST_NAME, StoredFile
 from app.planning.plan import Plan, PlannedSource, ShardPlan
 from app.records.following import Standing
-from app.records.job import Event, Job, Stage, Status
+from app.records.job import Event, Job, Listed, Stage, Status
 from app.sources.catalogue import CatalogueEntry
 from app.sources.safetensors import DTYPE_BYTES
 from app.sources.uploads import Upload
@@ -116,7 +116,7 @@ class MergeSummary(Document):
     urls: MergeUrls
 
     @classmethod
-    def of(cls, job: Job) -> MergeSummary:
+    def listed(cls, job: Listed) -> MergeSummary:
         return cls(**_summary(job))
 
 
@@ -388,7 +388,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _summary(job: Job) -> dict[str, Any]:
+def _summary(job: Listed) -> dict[str, Any]:
     url = merge_url(job.id)
     done = job.total_bytes if job.status is Status.SUCCEEDED else min(job.progress_bytes, job.total_bytes)
     return {

@@ -98,10 +98,13 @@ class Janitor:
                 return
 
     def _ring(self, report: JanitorReport) -> None:
-        """Ring, but only where fewer doorbells than jobs wait: a long queue must not fill the broker with repeats."""
+        """Ring, but never so often that more doorbells than jobs wait: a long queue must not fill the broker with
+        repeats. Whose doorbell is missing nobody can tell; the urgent ones come first.
+        """
         for queue in {ring.queue for ring in report.ring}:
             missing = self._upkeep.waiting(queue) - self._bell.waiting(queue)
-            for ring in [ring for ring in report.ring if ring.queue == queue] if missing > 0 else []:
+            in_queue = sorted((ring for ring in report.ring if ring.queue == queue), key=lambda ring: -ring.priority)
+            for ring in in_queue[: max(0, missing)]:
                 self._bell.ring(ring.id, ring.queue, ring.priority)
 
     def _recount(self) -> None:

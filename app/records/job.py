@@ -32,47 +32,53 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One row of ``jobs``. Times are the database's clock, UTC. ``version`` grows with every write (ETag)."""
+class Listed:
+    """Of a job, what lists show. Times are the database's clock, UTC."""
 
     id: str
     kind: str  # "merge"; later "sweep", "evaluation"
     status: Status
     stage: Stage | None
-    version: int
     queue: str
     priority: int
     owner: str
     labels: Mapping[str, str]
-    recipe: Mapping[str, Any]  # as submitted
-    resolved: Mapping[str, Any]  # Plan.recipe
     method: str
     plan_digest: str
-    estimates: Mapping[str, int]
-    warnings: tuple[Mapping[str, str], ...]
     attempt: int
     max_attempts: int
-    lease_token: str | None
-    lease_expires_at: datetime | None
     progress_bytes: int
     total_bytes: int
+    error: Mapping[str, Any] | None  # {"code","title","message","where","fault","problems"}
+    artifact: (
+        Mapping[str, Any] | None
+    )  # {"manifest_sha256","manifest_key","size","files":[{"name","key","size","sha256"}]}
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(Listed):
+    """One row of ``jobs``. ``version`` grows with every write (ETag)."""
+
+    version: int
+    recipe: Mapping[str, Any]  # as submitted
+    resolved: Mapping[str, Any]  # Plan.recipe
+    estimates: Mapping[str, int]
+    warnings: tuple[Mapping[str, str], ...]
+    lease_token: str | None
+    lease_expires_at: datetime | None
     reserved_bytes: int  # of the store, until it is finished
     progress_at: datetime | None
     failures: tuple[Mapping[str, Any], ...]  # {"attempt","at","code","message"}, one for each attempt that failed
     retry_at: datetime | None  # queued, after a failure or without room: the next attempt begins no sooner
     waits_for: str | None  # queued: "disk", while a worker found too little of it
-    error: Mapping[str, Any] | None  # {"code","title","message","where","fault","problems"}
-    artifact: (
-        Mapping[str, Any] | None
-    )  # {"manifest_sha256","manifest_key","size","files":[{"name","key","size","sha256"}]}
     pinned: bool
     expires_in: int | None  # seconds after publication
     expires_at: datetime | None
     webhook: Mapping[str, Any] | None  # {"url","events"}: who is told when it ends
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-    updated_at: datetime
 
     @property
     def artifact_bytes(self) -> int:
@@ -147,7 +153,7 @@ class Idempotency:
 class Page:
     """Jobs, newest first. ``next_cursor`` is None on the last page."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[Listed, ...]
     next_cursor: str | None
 
 

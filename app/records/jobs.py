@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Select, delete, func, insert, select, tuple_, union_all, update
 from sqlalchemy.exc import IntegrityError
 
 from app.artifacts.manifest import StoredFile
@@ -97,21 +96,14 @@ class Jobs:
         conditions: Conditions = [jobs.c.deleted_at.is_(None)]
         if by is not None and by.sees is not None:
             conditions.append(jobs.c.owner == by.sees)
-        if status is not None:
-            wanted = [status] if isinstance(status, str) else status
-            conditions.append(jobs.c.status.in_([str(one) for one in wanted]))
         if method is not None:
             conditions.append(jobs.c.method == method)
         if cursor is not None:
             conditions.append(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*rows.read_cursor(cursor)))
-        statement = (
-            select(jobs)
-            .where(*conditions)
-            .order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
-            .limit(limit + 1)  # one more tells whether there is a next page
-        )
+        wanted = list(Status) if status is None else [status] if isinstance(status, str) else status
+        statement = _newest(sorted(set(wanted)), conditions, limit + 1)  # one more tells whether there is a next page
         with self.database.read() as connection:
-            found = [rows.read_job(row) for row in connection.execute(statement)]
+            found = [rows.read_listed(row) for row in connection.execute(statement)] if wanted else []
         more = len(found) > limit
         page = tuple(found[:limit])
         return Page(jobs=page, next_cursor=rows.write_cursor(page[-1]) if more else None)
@@ -174,8 +166,9 @@ class Jobs:
 
         ``worker`` is the worker's name, ``process`` the id of its process that does the work.
 
-        Free is: queued and not waiting for its ``retry_at``, or running under a lease that ran out while attempts
-        remain. A wait longer than there is means that the database's clock was set back, and binds nobody.
+        Free is: queued and not waiting for its ``retry_at``. A wait longer than there is means that the database's
+        clock was set back, and binds nobody. A job whose lease ran out is taken from its dead worker first, as the
+        janitor would do it: then it may be free, or wait, or have no attempt left.
 
         The statement decides by itself on both databases: SQLite runs one writer at a time; PostgreSQL (read
         committed) makes the second UPDATE wait for the first one's commit and then tests the WHERE again on the row.
@@ -186,21 +179,11 @@ class Jobs:
         with self.database.write() as connection:
             if free is not None:
                 quotas.check_room(connection, job_id, free)
-            before = connection.execute(select(jobs.c.status).where(jobs.c.id == job_id)).scalar()
-            now = clock(connection)
+            lost = self._lose_expired(connection, job_id)
+            now = clock(connection) if lost is None else lost.updated_at  # one moment: it was not queued in between
             row = connection.execute(
                 update(jobs)
-                .where(
-                    jobs.c.id == job_id,
-                    or_(
-                        and_(jobs.c.status == Status.QUEUED, rows.may_start(now)),
-                        and_(
-                            jobs.c.status == Status.RUNNING,
-                            jobs.c.lease_expires_at < now,
-                            jobs.c.attempt < jobs.c.max_attempts,
-                        ),
-                    ),
-                )
+                .where(jobs.c.id == job_id, jobs.c.status == Status.QUEUED, rows.may_start(now))
                 .values(
                     status=Status.RUNNING,
                     stage=Stage.RESOLVING,
@@ -220,8 +203,6 @@ class Jobs:
             if row is None:
                 return None
             job = rows.read_job(row)
-            if before == Status.RUNNING:
-                job = _lose_earlier(connection, job, now)
             rows.append(
                 connection,
                 job_id,
@@ -302,19 +283,34 @@ class Jobs:
 
     # ── how a rule is applied ────────────────────────────────────────────────────────────────────
 
+    def _lose_expired(self, connection: Connection, job_id: str) -> Job | None:
+        now = clock(connection)
+        expired = select(jobs).where(jobs.c.id == job_id, jobs.c.lease_expires_at < now)
+        row = connection.execute(expired.with_for_update()).one_or_none()
+        if row is None:
+            return None
+        job = rows.read_job(row)
+        change = transitions.lose(job, now, reason="lease_expired", pause=self.retry_seconds)
+        return rows.apply(connection, job, change)
+
     def _held(self, job_id: str, token: str, rule: Rule) -> Job:
         with self.database.write() as connection:
             job = rows.get_held(connection, job_id, token)
             return rows.apply(connection, job, rule(job, clock(connection)))
 
 
-def _lose_earlier(connection: Connection, job: Job, now: datetime) -> Job:
-    """A claim took the job from a dead worker: the attempt before this one has failed."""
-    before = replace(job, attempt=job.attempt - 1)
-    failures = transitions.failed_attempts(before, now, "worker_lost", transitions.LOST["lease_expired"])
-    connection.execute(update(jobs).where(jobs.c.id == job.id).values(failures=failures))
-    rows.append(connection, job.id, now, ("worker_lost", {"attempt": before.attempt, "reason": "lease_expired"}))
-    return replace(job, failures=tuple(failures))
+def _newest(statuses: Sequence[str], conditions: Conditions, limit: int) -> Select[Any]:
+    """The newest of each status, of which each has an index in the order of the list; and of these the newest."""
+    order = (jobs.c.created_at.desc(), jobs.c.id.desc())
+    of_each = [
+        select(jobs.c.created_at, jobs.c.id).where(jobs.c.status == status, *conditions).order_by(*order).limit(limit)
+        for status in statuses
+    ]
+    candidates = union_all(*(select(one.subquery()) for one in of_each)).subquery()
+    newest = (
+        select(candidates.c.id).order_by(candidates.c.created_at.desc(), candidates.c.id.desc()).limit(limit).subquery()
+    )
+    return select(*rows.LISTED).join_from(newest, jobs, jobs.c.id == newest.c.id).order_by(*order)
 
 
 def _record(connection: Connection, by: Caller | None, action: str, job_id: str) -> None:

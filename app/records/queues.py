@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import case, func, select
+from sqlalchemy import case, func, select, union
 
 from app.records.database import Database, clock
-from app.records.job import Status
 from app.records.key import Caller
-from app.records.rows import HELD
-from app.records.tables import jobs
+from app.records.tables import IS_HELD, IS_QUEUED, jobs
 from app.records.workers import Workers, WorkerState
 
 
@@ -58,17 +56,18 @@ class Queues:
         urgency = case((jobs.c.priority > 0, Urgency.HIGH), (jobs.c.priority < 0, Urgency.LOW), else_=Urgency.NORMAL)
         number = func.count()
         queued = select(jobs.c.queue, urgency, number, func.min(jobs.c.created_at))
-        queued = queued.where(jobs.c.status == Status.QUEUED).group_by(jobs.c.queue, urgency)
-        held = select(jobs.c.queue, number).where(jobs.c.status.in_(HELD)).group_by(jobs.c.queue)
-        own = select(jobs.c.queue).where(jobs.c.status.in_((Status.QUEUED, *HELD))).distinct()
+        queued = queued.where(IS_QUEUED).group_by(jobs.c.queue, urgency)
+        held = select(jobs.c.queue, number).where(IS_HELD).group_by(jobs.c.queue)
         with self.database.read() as connection:
             now = clock(connection)
             waiting: dict[str, dict[Urgency, Waiting]] = {}
             for name, kind, count, since in connection.execute(queued):
                 waiting.setdefault(name, {})[Urgency(kind)] = Waiting(jobs=count, oldest_seconds=_age(now, since))
             running: dict[str, int] = dict(connection.execute(held).all())
-            told = None if by is None or by.sees is None else connection.scalars(own.where(jobs.c.owner == by.sees))
-            mine = None if told is None else frozenset(told)
+            mine = None
+            if by is not None and by.sees is not None:
+                own = (select(jobs.c.queue).where(one, jobs.c.owner == by.sees) for one in (IS_QUEUED, IS_HELD))
+                mine = frozenset(connection.scalars(union(*own)))
         serving: dict[str, list[str]] = {}
         for worker in Workers(self.database).list():
             for name in worker.queues if worker.state is not WorkerState.LOST else ():

@@ -19,11 +19,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from app.errors import MergeyardError
 from app.records.database import Database
 from app.records.job import Job, NewJob, NoRoom, Status
-from app.records.tables import jobs, shards, uploads, usage
+from app.records.tables import IS_HELD, jobs, shards, uploads, usage
 
 QUOTA_LOCK = 0x71756F74  # "quot": the PostgreSQL advisory lock of whoever admits something
 UNFINISHED = jobs.c.finished_at.is_(None)  # as in the index that the sums are read from
-HELD = jobs.c.status.in_((Status.RUNNING, Status.CANCELLING)) & jobs.c.lease_token.is_not(None)  # either finds an index
 
 log = logging.getLogger("mergeyard.quotas")
 
@@ -177,7 +176,7 @@ def check_room(connection: Connection, job_id: str, free: Free) -> None:
     kept = select(func.coalesce(func.sum(shards.c.size), 0)).where(shards.c.job_id == job_id).scalar_subquery()
     queued = select(jobs.c.reserved_bytes - kept).where(jobs.c.id == job_id, jobs.c.status == Status.QUEUED)
     needs = connection.scalar(queued)
-    held = connection.scalar(select(func.coalesce(func.sum(jobs.c.reserved_bytes), 0)).where(HELD))
+    held = connection.scalar(select(func.coalesce(func.sum(jobs.c.reserved_bytes), 0)).where(IS_HELD))
     promised = max(0, int(held or 0) - _written(connection))
     found = asked(free)
     if needs is not None and found is not None and needs > found - promised:
@@ -256,7 +255,7 @@ def _sums(uploaded: Select[tuple[int]]) -> Select[tuple[int, ...]]:
 
 def _written(connection: Connection) -> int:
     """Of what running jobs reserve, the bytes in finished files: they are no longer free, and no longer to be taken."""
-    running = select(jobs.c.id).where(HELD)
+    running = select(jobs.c.id).where(IS_HELD)
     return int(connection.scalar(select(func.sum(shards.c.size)).where(shards.c.job_id.in_(running))) or 0)
 
 

@@ -13,24 +13,28 @@ from sqlalchemy import ColumnElement, Connection, Row, insert, or_, select, upda
 from app.errors import MergeyardError
 from app.records import quotas
 from app.records.database import clock
-from app.records.job import Idempotency, Job, LeaseLost, NewJob, Ring, Stage, Status
+from app.records.job import Idempotency, Job, LeaseLost, Listed, NewJob, Ring, Stage, Status
 from app.records.key import ALPHABET, Caller, random_text
 from app.records.outbox import enqueue
 from app.records.tables import events, idempotency, jobs
 from app.records.transitions import LONGEST_PAUSE, Change, Happening
 
 HELD = (Status.RUNNING, Status.CANCELLING)
+LISTED = tuple(jobs.c[field.name] for field in fields(Listed))  # what ``read_listed`` reads
 _JOB_FIELDS = tuple(field.name for field in fields(Job))
 
 
 def read_job(row: Row[Any]) -> Job:
     """The frozen value of a row of ``jobs``."""
     values = {name: row._mapping[name] for name in _JOB_FIELDS}
-    values["status"] = Status(values["status"])
-    values["stage"] = None if values["stage"] is None else Stage(values["stage"])
     values["warnings"] = tuple(values["warnings"])
     values["failures"] = tuple(values["failures"])
-    return Job(**values)
+    return Job(**_with_words(values))
+
+
+def read_listed(row: Row[Any]) -> Listed:
+    """The frozen value of ``LISTED``."""
+    return Listed(**_with_words(dict(row._mapping)))
 
 
 def get(connection: Connection, job_id: str, *, by: Caller | None = None, lock: bool = False) -> Job:
@@ -157,7 +161,7 @@ def may_start(now: datetime) -> ColumnElement[bool]:
     return or_(jobs.c.retry_at.is_(None), jobs.c.retry_at <= now, jobs.c.retry_at > too_far)
 
 
-def ring(job: Job) -> Ring:
+def ring(job: Job | Row[Any]) -> Ring:
     """The doorbell of a queued job."""
     return Ring(id=job.id, queue=job.queue, priority=job.priority)
 
@@ -169,7 +173,7 @@ def new_id(now: datetime) -> str:
     return f"mrg-{moment}{random_text(16)}"
 
 
-def write_cursor(job: Job) -> str:
+def write_cursor(job: Listed) -> str:
     """Where the page after ``job`` begins."""
     text = f"{job.created_at.astimezone(UTC).isoformat()}|{job.id}"
     return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
@@ -187,3 +191,9 @@ def read_cursor(cursor: str) -> tuple[datetime, str]:
         raise MergeyardError(
             "request_invalid", "The cursor is not one that this service gave out.", where="cursor"
         ) from None
+
+
+def _with_words(values: dict[str, Any]) -> dict[str, Any]:
+    values["status"] = Status(values["status"])
+    values["stage"] = None if values["stage"] is None else Stage(values["stage"])
+    return values

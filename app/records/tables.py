@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    literal,
     text,
     true,
 )
@@ -65,14 +66,17 @@ def _absent_json() -> JSON:
     return JSON(none_as_null=True)
 
 
-def _only(condition: str) -> dict[str, Any]:
-    """Of an index: that it holds these rows alone."""
-    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+def _only(condition: str, *, sqlite: str = "") -> dict[str, Any]:
+    """Of an index: that it holds these rows alone. ``sqlite``: for a Boolean, which SQLAlchemy asks for in two ways."""
+    return {"sqlite_where": text(sqlite or condition), "postgresql_where": text(condition)}
 
 
 def _job(**options: Any) -> Column[str]:
     return Column("job_id", String(96), ForeignKey("jobs.id", ondelete="CASCADE"), **options)
 
+
+_UNSWEPT = _only("finished_at IS NOT NULL AND NOT swept", sqlite="finished_at IS NOT NULL AND swept = 0")
+_ASKED_OF_QUEUED = ("queue", "rung_at", "created_at", "id", "retry_at", "priority", "owner")
 
 jobs = Table(
     "jobs",
@@ -121,12 +125,22 @@ jobs = Table(
     CheckConstraint(f"status IN ({', '.join(repr(str(status)) for status in Status)})", name="status"),
     CheckConstraint("(lease_token IS NOT NULL) = (status IN ('running', 'cancelling'))", name="lease"),
     CheckConstraint("(artifact IS NOT NULL) = (status = 'succeeded')", name="artifact"),
-    Index(None, "created_at", "id"),
-    Index(None, "status", "created_at", "id"),
-    Index(None, "owner", "created_at", "id"),
+    # Lists. Each is read from one status after the other, the newest first, with and without an owner and a method.
+    *(
+        Index(f"ix_jobs_listed_{'_'.join(by)}", *by, "created_at", "id", **_only("deleted_at IS NULL"))
+        for by in (("status",), ("owner", "status"), ("method", "status"), ("owner", "method", "status"))
+    ),
+    # What the janitor, the workers and the metrics look for again and again. Few rows are in any of these.
+    Index("ix_jobs_queued", *_ASKED_OF_QUEUED, **_only("status = 'queued'")),
+    Index("ix_jobs_held", "status", **_only("lease_token IS NOT NULL")),
+    Index("ix_jobs_unswept", "created_at", "id", **_UNSWEPT),
+    Index("ix_jobs_deleted", "deleted_at", **_only("deleted_at IS NOT NULL")),
     Index("ix_jobs_reserved", "owner", "reserved_bytes", **_only("finished_at IS NULL")),
     Index("ix_jobs_waits_for", "waits_for", **_only("waits_for IS NOT NULL")),
 )
+# The same words as in the index, and no parameter: a planner that knows only ``status = ?`` cannot use it.
+IS_QUEUED = jobs.c.status == literal(str(Status.QUEUED), literal_execute=True)
+IS_HELD = jobs.c.lease_token.is_not(None)  # running or cancelling
 
 shards = Table(
     "shards",
@@ -149,7 +163,7 @@ events = Table(
     Column("data", JSON, nullable=False),
     Column("counted", Boolean, nullable=False, server_default=true()),  # it is in ``totals``, or older than they are
     Index(None, "job_id", "id"),
-    Index("ix_events_uncounted", "id", sqlite_where=text("counted = 0"), postgresql_where=text("NOT counted")),
+    Index("ix_events_uncounted", "id", **_only("NOT counted", sqlite="counted = 0")),
     sqlite_autoincrement=True,  # an event's number is never given twice, so `Last-Event-ID` stays true
 )
 

@@ -21,12 +21,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from app.records.database import Database, clock
 from app.records.job import Stage, Status
-from app.records.rows import HELD
-from app.records.tables import events, jobs, totals
+from app.records.tables import IS_HELD, IS_QUEUED, events, jobs, totals
 
 BATCH = 1000  # events in one transaction
 BATCHES = 20  # of one call; the next call goes on
-MOST_WAITING = 100_000  # queued jobs that are looked at, the oldest first
 
 # Seconds: from an adapter of a small model to a checkpoint that takes hours.
 BOUNDS = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0)
@@ -122,17 +120,10 @@ class Tally:
         return Totals(counts=counts, stages={stage: _durations(found, stage) for stage in stages})
 
     def load(self) -> Load:
-        """What waits and what runs, at most ``MOST_WAITING`` jobs of the former."""
-        oldest = (
-            select(jobs.c.queue, jobs.c.created_at)
-            .where(jobs.c.status == Status.QUEUED)
-            .order_by(jobs.c.created_at, jobs.c.id)
-            .limit(MOST_WAITING)
-            .subquery()
-        )
+        """What waits and what runs."""
         number = func.count()
-        queues = select(oldest.c.queue, number, func.min(oldest.c.created_at)).group_by(oldest.c.queue)
-        held = select(jobs.c.status, number).where(jobs.c.status.in_(HELD)).group_by(jobs.c.status)
+        queues = select(jobs.c.queue, number, func.min(jobs.c.created_at)).where(IS_QUEUED).group_by(jobs.c.queue)
+        held = select(jobs.c.status, number).where(IS_HELD).group_by(jobs.c.status)
         with self.database.read() as connection:
             now = clock(connection)
             waiting = [

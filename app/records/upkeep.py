@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Row, and_, delete, func, or_, select, tuple_, update
 
 from app.records import rows, transitions
 from app.records.database import Database, clock
 from app.records.job import JanitorReport, Job, Ring, Status
-from app.records.tables import jobs, shards
+from app.records.tables import IS_HELD, IS_QUEUED, jobs, shards
 
 BATCH = 200  # rows of each kind in one round; the next round goes on
 # A deleted job's hidden row stays this long: by it the files of an attempt that wakes up late are known as strays.
@@ -64,7 +65,7 @@ class Upkeep:
 
     def waiting(self, queue: str) -> int:
         """How many jobs wait in ``queue`` for nothing but a worker."""
-        waiting = select(func.count()).where(jobs.c.status == Status.QUEUED, jobs.c.queue == queue)
+        waiting = select(func.count()).where(IS_QUEUED, jobs.c.queue == queue)
         with self.database.read() as connection:
             return connection.execute(waiting.where(rows.may_start(clock(connection)))).scalar_one()
 
@@ -74,13 +75,16 @@ class Upkeep:
         A deleted one comes twice: at once, and for the last time when its row has stayed for TOMBSTONE_SECONDS. The
         oldest first, at most ``BATCH``, from the one that follows ``after``.
         """
-        finished = [status for status in Status if status.finished]
+        order = (jobs.c.created_at, jobs.c.id)
         with self.database.read() as connection:
-            wanted = and_(jobs.c.status.in_(finished), or_(jobs.c.swept.is_(False), _forgotten(clock(connection))))
-            if after is not None:
-                wanted &= tuple_(jobs.c.created_at, jobs.c.id) > tuple_(after.created_at, after.id)
-            statement = select(jobs).where(wanted).order_by(jobs.c.created_at, jobs.c.id).limit(BATCH)
-            return [(rows.read_job(row), row.deleted_at is not None) for row in connection.execute(statement)]
+            found: dict[str, tuple[Job, bool]] = {}
+            # One after the other: each has an index of few rows, which an OR of both would leave unused.
+            for wanted in (and_(jobs.c.finished_at.is_not(None), ~jobs.c.swept), _forgotten(clock(connection))):
+                following = [] if after is None else [tuple_(*order) > tuple_(after.created_at, after.id)]
+                statement = select(jobs).where(wanted, *following).order_by(*order).limit(BATCH)
+                for row in connection.execute(statement):
+                    found[row.id] = (rows.read_job(row), row.deleted_at is not None)
+        return sorted(found.values(), key=lambda one: (one[0].created_at, one[0].id))[:BATCH]
 
     def set_swept(self, job_id: str) -> None:
         """The store holds nothing of the job but what is published. A row deleted long enough ago goes now."""
@@ -120,29 +124,42 @@ class Upkeep:
             return rows.apply(connection, job, transitions.lose(job, now, reason=reason, pause=self._retry_seconds))
 
     def _stale(self, ring_after: float) -> list[Ring]:
+        with self.database.read() as connection:  # most rounds find nothing, and hold SQLite's lock for nothing
+            now = clock(connection)
+            rung = func.min(jobs.c.rung_at)
+            waiting = select(jobs.c.queue).where(_stale(now, ring_after)).group_by(jobs.c.queue).order_by(rung)
+            queues = connection.scalars(waiting.limit(BATCH)).all()
+        found: list[Row[Any]] = []
+        # In turn: a queue that no worker serves must keep neither its own later jobs nor other queues waiting.
+        for queues_left, queue in zip(range(len(queues), 0, -1), queues, strict=True):
+            share = (BATCH - len(found)) // queues_left
+            found += self._press(queue, share, ring_after)
+        return [rows.ring(row) for row in sorted(found, key=lambda row: (row.created_at, row.id))]
+
+    def _press(self, queue: str, most: int, ring_after: float) -> Sequence[Row[Any]]:
+        """Mark the doorbells of ``queue`` that were pressed the longest ago, at most ``most``."""
         with self.database.write() as connection:
             now = clock(connection)
-            due = or_(jobs.c.rung_at <= now - timedelta(seconds=ring_after), jobs.c.retry_at > jobs.c.rung_at)
-            stale = and_(jobs.c.status == Status.QUEUED, rows.may_start(now), due)
-            # In turn: a queue that no worker serves must keep neither its own later jobs nor other queues waiting.
-            turn = func.row_number().over(partition_by=jobs.c.queue, order_by=(jobs.c.rung_at, jobs.c.created_at))
-            waiting = select(jobs.c.id, jobs.c.rung_at, turn.label("turn")).where(stale).subquery()
-            next_ones = select(waiting.c.id).order_by(waiting.c.turn, waiting.c.rung_at).limit(BATCH)
-            locked = select(jobs.c.id).where(jobs.c.id.in_(next_ones)).with_for_update(skip_locked=True)
-            chosen = connection.scalars(locked).all()
-            found = connection.execute(
-                update(jobs).where(jobs.c.id.in_(chosen), stale).values(rung_at=now).returning(jobs)
-            ).all()
-        return [rows.ring(job) for job in sorted(map(rows.read_job, found), key=lambda job: (job.created_at, job.id))]
+            stale = and_(_stale(now, ring_after), jobs.c.queue == queue)
+            longest = select(jobs.c.id).where(stale).order_by(jobs.c.rung_at, jobs.c.created_at).limit(most)
+            chosen = connection.scalars(longest.with_for_update(skip_locked=True)).all()
+            returned = (jobs.c.id, jobs.c.queue, jobs.c.priority, jobs.c.created_at)
+            pressed = update(jobs).where(jobs.c.id.in_(chosen)).values(rung_at=now).returning(*returned)
+            return connection.execute(pressed).all()
 
 
 def _forgotten(now: datetime) -> ColumnElement[bool]:
     return jobs.c.deleted_at < now - timedelta(seconds=TOMBSTONE_SECONDS)
 
 
+def _stale(now: datetime, ring_after: float) -> ColumnElement[bool]:
+    due = or_(jobs.c.rung_at <= now - timedelta(seconds=ring_after), jobs.c.retry_at > jobs.c.rung_at)
+    return and_(IS_QUEUED, rows.may_start(now), due)
+
+
 def _dead(now: datetime, stalled_after: float) -> ColumnElement[bool]:
     return and_(
-        jobs.c.status.in_(rows.HELD),
+        IS_HELD,
         or_(
             jobs.c.lease_expires_at < now,
             jobs.c.progress_at < now - timedelta(seconds=stalled_after),

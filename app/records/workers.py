@@ -14,8 +14,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from app.records.database import Database, clock
 from app.records.key import Caller
-from app.records.rows import HELD
-from app.records.tables import events, jobs, workers
+from app.records.tables import IS_HELD, events, jobs, workers
 
 BEAT_SECONDS = 10.0
 LOST_SECONDS = 45.0  # without a beat: a few of them may be late
@@ -126,12 +125,8 @@ class Workers:
 
 def _held(connection: Connection) -> dict[str, tuple[str, str]]:
     """By the worker's name: the job that it holds and the job's owner, from the claim that is in force."""
-    last = (
-        select(func.max(events.c.id))
-        .join(jobs, jobs.c.id == events.c.job_id)
-        .where(jobs.c.status.in_(HELD), events.c.type == "claimed")
-        .group_by(events.c.job_id)
-    )
-    claims = select(events.c.job_id, jobs.c.owner, events.c.data).join(jobs, jobs.c.id == events.c.job_id)
-    found = connection.execute(claims.where(events.c.id.in_(last)))
-    return {row.data["worker"]: (row.job_id, row.owner) for row in found}
+    # Of each held job by itself: a GROUP BY over events would go through all that there are.
+    claims = select(func.max(events.c.id)).where(events.c.job_id == jobs.c.id, events.c.type == "claimed")
+    last = claims.correlate(jobs).scalar_subquery()
+    held = select(jobs.c.id, jobs.c.owner, events.c.data).join(events, events.c.id == last).where(IS_HELD)
+    return {row.data["worker"]: (row.id, row.owner) for row in connection.execute(held)}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from redis.connection import ConnectionPool
 
-from app.api.limits import _network, _redis_url
+from app.api.limits import _redis_url, network
 from app.records.key import Caller, Scope
 from app.records.keys import Keys
 from app.settings import Settings
@@ -132,7 +132,7 @@ def test_wrong_keys_are_counted_by_address_and_good_ones_from_there_pass(start: 
 
 
 @pytest.mark.parametrize(
-    ("address", "network"),
+    ("address", "subscriber"),
     [
         ("10.0.0.1", "10.0.0.1"),
         ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
@@ -140,8 +140,8 @@ def test_wrong_keys_are_counted_by_address_and_good_ones_from_there_pass(start: 
         ("testclient", "testclient"),
     ],
 )
-def test_an_address_stands_for_its_subscriber(address: str | None, network: str) -> None:
-    assert _network(address) == network
+def test_an_address_stands_for_its_subscriber(address: str | None, subscriber: str) -> None:
+    assert network(address) == subscriber
 
 
 def test_a_unix_sockets_url_is_spelt_for_redis() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from app.errors import MergeyardError
 from app.records.database import Database
@@ -39,6 +39,26 @@ def test_the_migrations_make_exactly_the_tables(empty_url: str) -> None:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
     database.close()
+
+
+def test_the_migrations_make_exactly_the_indexes(empty_url: str) -> None:
+    """With their conditions, which the comparison above does not look at."""
+    database = Database(empty_url)
+    database.migrate()
+    with database.write() as connection:
+        migrated = definitions(connection)
+        for table in metadata.sorted_tables:
+            for index in table.indexes:
+                index.drop(connection)
+                index.create(connection)
+        assert definitions(connection) == migrated
+    database.close()
+
+
+def definitions(connection: Connection) -> set[str]:
+    of_sqlite = "SELECT sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"
+    of_postgresql = "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public'"
+    return set(connection.scalars(text(of_sqlite if connection.dialect.name == "sqlite" else of_postgresql)))
 
 
 def test_an_unmigrated_database_is_not_ready(empty_url: str) -> None:

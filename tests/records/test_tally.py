@@ -188,15 +188,6 @@ def test_the_load_is_what_waits_and_what_runs(jobs: Jobs, tally: Tally) -> None:
     assert 0 <= load.queues[1].oldest_seconds <= (jobs.database.now() - oldest).total_seconds()
 
 
-def test_a_longer_queue_than_is_looked_at_has_its_oldest_jobs_counted(
-    jobs: Jobs, tally: Tally, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(counting, "MOST_WAITING", 2)
-    for queue in ("a", "a", "b"):
-        jobs.submit(new_job(queue=queue))
-    assert [(waiting.queue, waiting.jobs) for waiting in tally.load().queues] == [("a", 2)]
-
-
 def test_counting_looks_at_no_event_that_is_counted(jobs: Jobs, database: Database) -> None:
     everything(jobs)
     Tally(database).count()

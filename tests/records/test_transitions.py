@@ -86,6 +86,18 @@ def test_a_running_job_is_claimed_again_only_after_its_lease_ran_out_and_while_a
     assert kinds(jobs, job) == ["submitted", "claimed", "worker_lost", "claimed"]
     time.sleep(0.05)
     assert jobs.claim(job.id, lease_seconds=60) is None, "no attempt is left"
+    assert jobs.get(job.id).status is Status.FAILED, "so the claim ends it, as the janitor would"
+
+
+def test_a_job_taken_from_a_dead_worker_waits_for_its_pause_whoever_takes_it(database: Database) -> None:
+    jobs = Jobs(database, retry_seconds=60)
+    job = claimed(jobs, lease_seconds=0.01)
+    time.sleep(0.05)
+    assert jobs.claim(job.id, lease_seconds=60) is None
+    waiting = jobs.get(job.id)
+    assert (waiting.status, waiting.attempt, len(waiting.failures)) == (Status.QUEUED, 1, 1)
+    assert waiting.retry_at is not None
+    assert kinds(jobs, job) == ["submitted", "claimed", "worker_lost"]
 
 
 @pytest.mark.parametrize("status", ["succeeded", "failed", "cancelled", "cancelling"])

@@ -152,6 +152,47 @@ def test_the_janitor_rings_for_what_no_doorbell_waits_for(sqlite_url: str, broke
     bell.close()
 
 
+def test_never_do_more_doorbells_wait_than_jobs(sqlite_url: str, broker_url: str, queue: str) -> None:
+    """Not even where some are missing, so that one round after the other has a reason to ring."""
+    jobs, bell = Jobs(Database(sqlite_url)), Bell(broker_url)
+    janitor = Janitor(jobs, bell, interval=0.01)
+    waiting = [jobs.submit(new_job(queue=queue, priority=number))[0] for number in range(6)]
+    for job in waiting[:4]:
+        bell.ring(job.id, queue)
+    for _ in range(3):
+        time.sleep(0.02)
+        janitor.round()
+        assert bell.waiting(queue) == 6
+    jobs.claim(waiting[0].id, lease_seconds=60)
+    time.sleep(0.02)
+    janitor.round()
+    assert bell.waiting(queue) == 6, "the doorbell of what was claimed is answered in its turn"
+    bell.close()
+
+
+def test_of_the_missing_doorbells_the_urgent_ones_are_pressed_first(sqlite_url: str) -> None:
+    jobs, rung = Jobs(Database(sqlite_url)), Listener(waiting=2)
+    janitor = Janitor(jobs, rung, interval=0.01)  # type: ignore[arg-type]
+    submitted = {priority: jobs.submit(new_job(priority=priority))[0].id for priority in (0, -1, 5)}
+    time.sleep(0.05)
+    janitor.round()
+    assert rung.ids == [submitted[5]]
+
+
+class Listener:
+    """A bell whose broker holds ``waiting`` doorbells already."""
+
+    def __init__(self, waiting: int) -> None:
+        self.ids: list[str] = []
+        self._waiting = waiting
+
+    def waiting(self, queue: str) -> int:
+        return self._waiting
+
+    def ring(self, job_id: str, queue: str, priority: int = 0) -> None:
+        self.ids.append(job_id)
+
+
 def test_a_broker_that_is_away_loses_no_job_and_answers_soon(sqlite_url: str, tmp_path: Path) -> None:
     jobs, bell = Jobs(Database(sqlite_url)), Bell(f"redis+socket://{tmp_path}/nobody.sock")
     job, _ = jobs.submit(new_job())
