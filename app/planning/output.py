@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from app.planning.budgets import COLLECTED_BYTES, DELTA_BYTES, EXPERT_FACTOR_BYTES, PRODUCT_RANK
+from app.planning.budgets import (
+    BLOCK_BYTES,
+    BLOCK_VALUES,
+    COLLECTED_BYTES,
+    DELTA_BYTES,
+    EXPERT_FACTOR_BYTES,
+    PRODUCT_RANK,
+    RESULTS_AHEAD,
+    SOURCE_BYTES,
+    SPARE_RESULTS,
+    THREADS,
+)
 from app.planning.depth import restack_config
 from app.planning.layout import restacked
 from app.planning.named_code import imports_code, without_code
@@ -28,6 +39,7 @@ from app.sources.tokenizers import ADDED_TOKENS, TOKENIZER_CONFIG, TOKENIZER_FIL
 
 PROCESS_BYTES = 450_000_000  # what a worker holds before it merges anything: torch, Numba
 MODULES = "modules.json"  # of sentence-transformers
+SUBTRACTED = frozenset({"F32", "F16", "BF16"})  # of what the kernels form differences on the way
 OF_TOKENS = frozenset({TOKENIZER_JSON, ADDED_TOKENS})  # documents whose keys are tokens, and may be any word
 LIBRARY_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -65,7 +77,8 @@ def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
     for tensor in touched:
         values = 4 * math.prod(tensor.shape)
         # two tensors are open at once, one whose blocks are merged and one whose thresholds are looked for
-        deltas = min(2 * values * sum(map(_is_formed, tensor.contributions)), DELTA_BYTES)
+        formed = sum(_is_formed(item, tensor.base.dtype) for item in tensor.contributions)
+        deltas = min(2 * values * formed, DELTA_BYTES)
         factors = 2 * sum(_factor_bytes(item.lora) for item in tensor.contributions if item.lora)
         collected = values * len(tensor.contributions) // 5
         if tensor.parameters.get("trim_scope") == "model":
@@ -73,7 +86,7 @@ def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
         largest = max(largest, deltas + factors + min(max(collected, spanned), COLLECTED_BYTES))
     return Estimates(
         output_bytes=sum(output_bytes(tensor) for tensor in tensors),
-        peak_memory_bytes=PROCESS_BYTES + largest,
+        peak_memory_bytes=PROCESS_BYTES + largest + _block_memory(tensors),
         tensors=len(tensors),
         tensors_touched=len(touched),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
@@ -81,11 +94,26 @@ def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
     )
 
 
-def _is_formed(contribution: Contribution) -> bool:
-    """Whether δ is more than one product or one difference, which the kernels form on the way."""
+def _block_memory(tensors: Sequence[TensorPlan]) -> int:
+    """Of the blocks that are worked on at once, and of the results that wait to be written."""
+    scratch, result = 0, 0
+    for tensor in tensors:
+        values = min(math.prod(tensor.shape), max(BLOCK_VALUES, *tensor.shape[-1:], 1))  # at least a row
+        scratch = max(scratch, values * (BLOCK_BYTES + SOURCE_BYTES * len(tensor.contributions)))
+        result = max(result, values * DTYPE_BYTES[tensor.dtype])
+    return THREADS * scratch + (RESULTS_AHEAD * THREADS + SPARE_RESULTS) * result
+
+
+def _is_formed(contribution: Contribution, base: str) -> bool:
+    """Whether δ is more than one product or one difference, which the kernels form on the way.
+
+    ``base``: the dtype of the base.
+    """
     lora, full = contribution.lora, contribution.full
+    if lora is None and contribution.added is None:
+        return full is not None and not {full.dtype, base} <= SUBTRACTED
     if lora is None:
-        return contribution.added is not None
+        return True
     return full is not None or contribution.added is not None or lora.magnitude is not None or lora.rank > PRODUCT_RANK
 
 

@@ -14,9 +14,7 @@ from typing import TypeVar
 
 import torch
 
-# The base and the result of a block this large stay in a core's second-level cache or near it, the interpreter's share
-# of a block is small (about 0.1 ms beside several), and a small matrix still is more than one block.
-BLOCK_VALUES = 1 << 19
+from app.planning.budgets import BLOCK_VALUES, RESULTS_AHEAD
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -64,7 +62,7 @@ class Crew:
     def __init__(self, threads: int = 0) -> None:
         """``threads`` 0: every core this process may use."""
         self.threads = threads or len(os.sched_getaffinity(0))
-        self.ahead = 2 * self.threads
+        self.ahead = RESULTS_AHEAD * self.threads
 
     def __enter__(self) -> Crew:
         self._torch_threads = torch.get_num_threads()

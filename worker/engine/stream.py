@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from app.artifacts.manifest import StoredFile, TensorStatistics
+from app.planning.budgets import SPARE_RESULTS
 from app.planning.output import output_bytes
 from app.planning.plan import Plan, ShardPlan, TensorPlan
 from worker.engine.adapter_output import AdapterWriting
@@ -36,7 +37,6 @@ from worker.engine.views import Resources
 from worker.engine.voting import Voting
 
 _LEAST_BUFFER = 1 << 16
-_SPARE_BUFFERS = 4  # results that wait for the writer while the next blocks are worked on
 
 
 class Stream:
@@ -89,7 +89,7 @@ class Stream:
         adopted_bytes -= sum(output_bytes(tensor) for shard in shards for tensor in shard.tensors)
         self._meter.advance(adopted_bytes)
         size = max(_largest_block(shards), _LEAST_BUFFER)
-        buffers = Buffers(self._crew.ahead + _SPARE_BUFFERS, size, self._resources.kernels.memory)
+        buffers = Buffers(self._crew.ahead + SPARE_RESULTS, size, self._resources.kernels.memory)
         tensors = [tensor for shard in shards for tensor in shard.tensors]
         with (
             ShardWriter(self._sink, buffers) as writer,
