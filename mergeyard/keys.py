@@ -50,8 +50,12 @@ def create(
     ] = None,
     expires_in: Annotated[str | None, typer.Option(metavar="TIME", help="90d, 12h, 30m. [default: never]")] = None,
     note: Annotated[str, typer.Option(help="For people: what it is for.")] = "",
+    quota: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="2TB, 500GB: what its owner may take. [default: what every owner may]"),
+    ] = None,
     replaces: Annotated[
-        str | None, typer.Option(metavar="ID", help="Take over this key's owner, scopes and note, and end it.")
+        str | None, typer.Option(metavar="ID", help="Take over this key's owner, scopes, note and quota, and end it.")
     ] = None,
     grace: Annotated[
         str | None, typer.Option(metavar="TIME", help="How long the replaced key goes on working. [default: 24h]")
@@ -64,13 +68,21 @@ def create(
 
     if replaces is None and (not owner or grace):
         raise typer.BadParameter("give --owner; --grace goes with --replaces")
-    if replaces is not None and (owner or scope or note):
-        raise typer.BadParameter("a key that --replaces another has its owner, scopes and note")
+    if replaces is not None and (owner or scope or note or quota):
+        raise typer.BadParameter("a key that --replaces another has its owner, scopes, note and quota")
+    quota_bytes = None if quota is None else _size(quota)
     lifetime = None if expires_in is None else _duration(expires_in)
     with _opened() as found:
         if replaces is None:
             scopes = [Scope(name.value) for name in scope or (ScopeName.merge, ScopeName.read)]
-            made = found.create(owner=owner, scopes=scopes, note=note, expires_in=lifetime, by=_operator())
+            made = found.create(
+                owner=owner,
+                scopes=scopes,
+                note=note,
+                expires_in=lifetime,
+                quota_bytes=quota_bytes,
+                by=_operator(),
+            )
         else:
             made = found.replace(replaces, grace=_duration(grace or "24h"), expires_in=lifetime, by=_operator())
         now = found.database.now()
@@ -149,6 +161,7 @@ def _document(key: Key, now: datetime) -> dict[str, Any]:
         "scopes": sorted(key.scopes),
         "state": key.state(now),
         "replaces": key.replaces,
+        "quota_bytes": key.quota_bytes,
         **{name: None if moment is None else moment.isoformat() for name, moment in moments.items()},
     }
 
@@ -160,3 +173,13 @@ def _duration(text: str) -> timedelta:
     if span is None or span > timedelta(days=36_500):
         raise typer.BadParameter(f"{text!r} is not a time: a whole number and s, m, h or d, as in 90d")
     return span
+
+
+def _size(text: str) -> int:
+    """``2TB``, ``500GB``, ``1GiB`` as bytes."""
+    from app.recipe.grammar import shard_bytes
+
+    try:
+        return shard_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -103,7 +103,14 @@ def _check_own_page(request: Presented, session: Session) -> None:
 
 
 def _caller(key: Key, request: Presented, session: Session | None = None) -> Caller:
-    return Caller(owner=key.owner, key_id=key.id, scopes=key.scopes, request_id=request.request_id, session=session)
+    return Caller(
+        owner=key.owner,
+        key_id=key.id,
+        scopes=key.scopes,
+        request_id=request.request_id,
+        quota_bytes=key.quota_bytes,
+        session=session,
+    )
 
 
 class KeyScheme(SecurityBase):

@@ -76,10 +76,11 @@ class Service:
         """Where the references of this owner's recipes lead."""
         return resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store)
 
-    def limits_of(self, caller: Caller) -> Limits:  # noqa: ARG002
+    def limits_of(self, caller: Caller) -> Limits:
         """What may be added for the caller."""
+        every_owner = self.settings.quota_bytes_per_owner
         return Limits(
-            owner_bytes=self.settings.quota_bytes_per_owner,
+            owner_bytes=every_owner if caller.quota_bytes is None else caller.quota_bytes,
             owner_jobs=self.settings.max_jobs_per_owner,
             store_bytes=self.settings.quota_bytes,
             free=self.store.free,

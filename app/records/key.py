@@ -41,6 +41,7 @@ class Key:
     note: str
     scopes: frozenset[Scope]
     replaces: str | None  # the key that this one was made to take over from
+    quota_bytes: int | None  # what its owner may take where it is used to submit; None: what every owner may
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
@@ -82,6 +83,7 @@ class Caller:
     key_id: str | None = None
     scopes: frozenset[Scope] = EVERY_SCOPE
     request_id: str = ""
+    quota_bytes: int | None = None  # its key's
     session: Session | None = None  # where a page's cookie stands for the key
 
     def may(self, scope: Scope) -> bool:

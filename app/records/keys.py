@@ -50,20 +50,32 @@ class Keys:
         by: Caller,
         note: str = "",
         expires_in: timedelta | None = None,
+        quota_bytes: int | None = None,
     ) -> NewKey:
-        """A new key, whose text is in the answer and nowhere else. ``request_invalid`` for what cannot be an owner."""
+        """A new key, whose text is in the answer and nowhere else. ``request_invalid`` for what cannot be an owner.
+
+        ``quota_bytes`` is what the owner may take where this key submits, None what every owner may.
+        """
         if not OWNER.fullmatch(owner):
             message = f"{owner[:96]!r} cannot be an owner: 1 to 96 letters, digits and . _ - @ +"
             raise MergeyardError("request_invalid", message, where="owner")
         with self.database.write() as connection:
             now = clock(connection)
             expires_at = None if expires_in is None else now + expires_in
-            made = _insert(connection, now, owner=owner, scopes=scopes, note=note, expires_at=expires_at)
+            made = _insert(
+                connection,
+                now,
+                owner=owner,
+                scopes=scopes,
+                note=note,
+                expires_at=expires_at,
+                quota_bytes=quota_bytes,
+            )
             record(connection, by, "key_created", made.key.id, _described(made.key))
             return made
 
     def replace(self, key_id: str, *, grace: timedelta, by: Caller, expires_in: timedelta | None = None) -> NewKey:
-        """A new key with the owner, scopes and note of an active one, which goes on working for ``grace``.
+        """A new key with the owner, scopes, note and quota of an active one, which goes on working for ``grace``.
 
         Without ``expires_in`` it has as long to live as the old one had when it was made.
         ``conflict`` where the key is revoked or has expired: what no longer works cannot be handed over.
@@ -83,6 +95,7 @@ class Keys:
                 scopes=old.scopes,
                 note=old.note,
                 replaces=key_id,
+                quota_bytes=old.quota_bytes,
                 expires_at=None if lifetime is None else now + lifetime,
             )
             ends = now + grace
@@ -161,6 +174,7 @@ def read_key(row: Row[Any]) -> Key:
         note=row.note,
         scopes=frozenset(map(Scope, row.scopes)),
         replaces=row.replaces,
+        quota_bytes=row.quota_bytes,
         created_at=row.created_at,
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
@@ -183,6 +197,7 @@ def _insert(
     scopes: Collection[Scope],
     note: str,
     expires_at: datetime | None,
+    quota_bytes: int | None,
     replaces: str | None = None,
 ) -> NewKey:
     if not scopes:
@@ -200,6 +215,7 @@ def _insert(
             note=note,
             scopes=sorted(scopes),
             replaces=replaces,
+            quota_bytes=quota_bytes,
             created_at=now,
             expires_at=expires_at,
         )
@@ -213,4 +229,5 @@ def _described(key: Key) -> dict[str, Any]:
         "owner": key.owner,
         "scopes": sorted(key.scopes),
         "expires_at": None if key.expires_at is None else key.expires_at.isoformat(),
+        "quota_bytes": key.quota_bytes,
     }

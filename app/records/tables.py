@@ -211,6 +211,7 @@ keys = Table(
     Column("note", String(200), nullable=False),
     Column("scopes", JSON, nullable=False),
     Column("replaces", String(16), ForeignKey("keys.id")),
+    Column("quota_bytes", BigInteger),  # in place of MERGEYARD_QUOTA_BYTES_PER_OWNER
     Column("created_at", UtcTime, nullable=False),
     Column("expires_at", UtcTime),
     Column("revoked_at", UtcTime),

@@ -14,6 +14,8 @@ import pytest
 from app.api.examples import RECIPE
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
+from app.records.key import Caller, Scope
+from app.records.keys import Keys
 from app.records.quotas import Quotas
 from app.settings import Settings
 from tests import files
@@ -66,6 +68,21 @@ def test_an_owner_over_quota_is_refused_and_a_repeated_request_is_not(settings: 
         assert again.status_code == 202 and again.json()["id"] == first.json()["id"]
         assert len(api.http.get("/merges").json()["items"]) == 1
         assert series(scrape(api), "mergeyard_quota_bytes") == {"": 10 * size}
+
+
+def test_a_key_with_a_quota_of_its_own_has_that_and_not_every_owners(settings: Settings) -> None:
+    with serving_with(settings, quota_bytes_per_owner=0) as api:
+        keys = Keys(api.jobs.database)
+        texts = [
+            keys.create(owner="alice", scopes=[Scope.MERGE], by=Caller(owner="cli:tests"), quota_bytes=quota).text
+            for quota in (None, 10**9)
+        ]
+        answers = [
+            api.http.post("/merges", json={"recipe": RECIPE}, headers={"authorization": f"Bearer {text}"})
+            for text in texts
+        ]
+    problem(answers[0], 413, "over_quota")
+    assert answers[1].status_code == 202
 
 
 def test_too_many_unfinished_merges_are_refused_until_one_has_finished(settings: Settings) -> None:

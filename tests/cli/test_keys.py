@@ -41,6 +41,14 @@ def test_a_key_is_made_shown_once_listed_and_revoked(variables: dict[str, str], 
     assert all(entry.owner.startswith("cli:") and "@" in entry.owner for entry in entries)
 
 
+def test_a_key_may_have_a_quota_which_its_successor_keeps(variables: dict[str, str]) -> None:
+    old = mergeyard("keys", "create", "--owner", "search", "--quota", "2TB", "--json", **variables).json
+    new = mergeyard("keys", "create", "--replaces", old["id"], "--json", **variables).json
+    assert old["quota_bytes"] == new["quota_bytes"] == 2 * 10**12
+    assert mergeyard("keys", "create", "--owner", "search", "--json", **variables).json["quota_bytes"] is None
+    assert mergeyard("keys", "create", "--owner", "search", "--quota", "much", **variables).code == 2
+
+
 def test_a_key_replaces_another(variables: dict[str, str]) -> None:
     options = ("--owner", "search", "--scope", "admin", "--expires-in", "30d", "--json")
     old = mergeyard("keys", "create", *options, **variables).json

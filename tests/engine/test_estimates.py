@@ -21,7 +21,7 @@ from worker.engine.kernels import load
 from worker.engine.run import run_merge
 from worker.engine.sinks import FolderSink
 
-SHAPE = (1200, 1000)
+SHAPE = (600, 500)
 METHODS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.3},
     "dare_ties": {"density": 0.3},
@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor has more of them than there are threads."""
     for module in (blocks, output):
-        monkeypatch.setattr(module, "BLOCK_VALUES", 1 << 15)
+        monkeypatch.setattr(module, "BLOCK_VALUES", 1 << 14)
 
 
 class Counting:
