@@ -110,6 +110,11 @@ class Settings(BaseSettings):
         return self.root / "uploads"
 
     @property
+    def digests(self) -> Path:
+        """What the files of sources hash to, from merge to merge."""
+        return self.root / "digests"
+
+    @property
     def roots(self) -> tuple[Path, ...]:
         return tuple(Path(part) for part in self.model_roots.split(":") if part)
 

@@ -75,7 +75,7 @@ def all_cases() -> tuple[Case, ...]:
     """In the order of the table."""
     small = Model("smollm2-135m", "SmolLM2-135M-Instruct (135 M, real), synthetic adapters", write_smollm2)
     large = Model("llama-1b", "Llama shape, 1.04 B, synthetic", write_base)
-    everybody = (*FLOOR, "ours", *ADAPTER_PEERS)
+    everybody = (*FLOOR, "ours", "ours-known", *ADAPTER_PEERS)
     return (
         Case(
             name="smollm2-4",
@@ -86,11 +86,21 @@ def all_cases() -> tuple[Case, ...]:
         ),
         *(
             Case(
+                name=f"smollm2-{count}",
+                title=f"135 M real, {count} adapter{'s' if count > 1 else ''}",
+                model=small,
+                adapters=count,
+                participants=("ours",),
+            )
+            for count in (1, 16, 64)
+        ),
+        *(
+            Case(
                 name=f"llama-1b-{count}",
                 title=f"1.04 B, {count} adapters",
                 model=large,
                 adapters=count,
-                participants=(*FLOOR, "ours", *(("ours-unhashed",) if count == 4 else ()), *ADAPTER_PEERS),
+                participants=(*FLOOR, "ours", *(("ours-known", "ours-unhashed") if count == 4 else ()), *ADAPTER_PEERS),
             )
             for count in (2, 4, 8, 16)
         ),
@@ -107,7 +117,7 @@ def all_cases() -> tuple[Case, ...]:
             title="1.04 B, four full fine-tunes",
             model=large,
             finetunes=4,
-            participants=("cp", "ours", "mergekit"),
+            participants=("cp", "ours", "ours-known", "mergekit"),
         ),
     )
 

@@ -13,33 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.machine import cpu_name
+from benchmarks.merge_in_memory import DENSITY, LAYERS_8B, RANK, RULE, SOURCES, lora_seconds
+from benchmarks.timing import seconds_of, wait
 from worker.engine.kernels import Kernels, load, warm_up
-from worker.engine.kernels.signature import COARSE_BINS, FINE_BINS, Delta, Difference, Product, Rule, Trim
+from worker.engine.kernels.signature import COARSE_BINS, FINE_BINS, Delta, Difference, Product, Trim
 
-SOURCES, RANK, COLUMNS, DENSITY = 4, 16, 2048, 0.2
-RULE = Rule(elect="mass", divisor="agreeing_weights")
-REPEATS = 5
+COLUMNS = 2048
 INSIDE = 0.01  # share of the values that a bracket holds
 BANDWIDTH_VALUES = {"cpu": 1 << 26, "cuda": 1 << 29}  # float32; far beyond any cache
 MATRIX = {"cpu": 4096, "cuda": 8192}
 VALUES = {"cpu": 1 << 24, "cuda": 1 << 27}  # of the tensor whose blocks are worked on
 BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 OPERANDS = ("dense", "product", "difference")
-# Llama 3 8B: (out, in) of a layer's linear modules, 32 layers; its embedding and head carry no adapter
-LAYERS_8B = 32
-MODULES_8B = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
-SAMPLE_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,30 +157,6 @@ def peak_of(device: str, threads: int) -> float:
         return 2 * size**3 / seconds_of(lambda _: torch.mm(left, right, out=out), device, 1, pool=False)
     finally:
         torch.set_num_threads(held)
-
-
-def seconds_of(work: Callable[[int], object], device: str, threads: int, *, pool: bool = True) -> float:
-    """The median time in which every thread has done its part once."""
-    if not pool or device == "cuda":
-        return median(_timed(lambda: [work(thread) for thread in range(threads)], device))
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as crew:
-        return median(_timed(lambda: list(crew.map(work, range(threads))), device))
-
-
-def _timed(work: Callable[[], object], device: str) -> list[float]:
-    times = []
-    for _ in range(REPEATS + 1):
-        _wait(device)
-        began = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - began)
-    return times[1:]  # the first touches memory and compiles
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def rows_of(kernels: Kernels, device: str, operand: str, threads: int, *, values: int, block: int) -> Iterator[Row]:
@@ -335,7 +304,7 @@ def make_parts(kernels: Kernels, device: str, operand: str, threads: int, *, val
 def threshold_of(kernels: Kernels, delta: Delta, room: torch.Tensor, density: float) -> int:
     """The magnitude, as bits, that about ``density`` of a block's values exceed."""
     kernels.form(delta, room)
-    _wait(room.device.type)
+    wait(room.device.type)
     magnitudes = room.abs()
     k = max(1, int(density * len(magnitudes)))
     return int(magnitudes.topk(k).values[-1].view(torch.int32))
@@ -348,69 +317,6 @@ def gpu_figures(kernels: Kernels, rows: Sequence[Row], bandwidth: float) -> dict
         "apply_bandwidth_percent": 100 * apply.bytes * apply.parameters / apply.seconds / bandwidth,
         "lora_8b_seconds": lora_seconds(kernels, "cuda", layers=LAYERS_8B),
     }
-
-
-def lora_seconds(kernels: Kernels, device: str, *, layers: int) -> float:
-    """TIES, four adapters of rank 16, over every linear module of Llama 3 8B, bfloat16, all of it in memory.
-
-    A tensor's thresholds come from a sample of its rows, one sweep that collects what lies near, and the exact k-th of
-    that; then the merge. All of it is in the time, and ends when the last result is there.
-    """
-    generator = torch.Generator(device=device).manual_seed(1)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).mul_(0.02)
-
-    bases = [torch.empty(layers, rows * columns, dtype=torch.bfloat16, device=device) for rows, columns in MODULES_8B]
-    results = [torch.empty_like(base) for base in bases]
-    adapters = [
-        [
-            [
-                Product(kernels.place(noise(rows, RANK)), kernels.place(noise(RANK, columns)), 2.0)
-                for _ in range(SOURCES)
-            ]
-            for rows, columns in MODULES_8B
-        ]
-        for _ in range(layers)
-    ]
-    for base in bases:
-        base.normal_(0, 0.02, generator=generator)
-    largest = max(rows * columns for rows, columns in MODULES_8B)
-    found = torch.empty(SOURCES, largest // 16, dtype=torch.int32, device=device)
-
-    def merge_all() -> None:
-        for layer in range(layers):
-            for module in range(len(MODULES_8B)):
-                ties(kernels, bases[module][layer], adapters[layer][module], results[module][layer], found)
-
-    return median(_timed(merge_all, device))
-
-
-def ties(
-    kernels: Kernels, base: torch.Tensor, deltas: Sequence[Product], result: torch.Tensor, found: torch.Tensor
-) -> None:
-    """One tensor; k of each source stay, and whatever equals the k-th, which is rare among products."""
-    k = int(DENSITY * len(base))
-    brackets = [_bracket(kernels, delta) for delta in deltas]
-    trims = []
-    for (above, inside), row in zip(kernels.collect(deltas, brackets, found), found, strict=True):
-        if not above < k <= above + inside <= above + len(row):
-            raise RuntimeError("a bracket missed the threshold, or held too much; the time would be another's")
-        threshold = int(row[:inside].topk(k - above).values[-1])
-        trims.append(Trim(threshold=threshold - 1))  # so that the k-th stays too
-    kernels.merge(base, deltas, trims, [1.0] * len(deltas), RULE, result)
-
-
-def _bracket(kernels: Kernels, delta: Product) -> tuple[int, int]:
-    """Magnitudes between which the threshold lies, from some rows spread over the matrix."""
-    step = len(delta.left) // SAMPLE_ROWS
-    sample = Product(delta.left[::step][:SAMPLE_ROWS].contiguous(), delta.right, delta.scale)
-    values = torch.empty(len(sample.left) * delta.right.shape[1], device=delta.left.device)
-    kernels.form(sample, values)
-    ordered = values.abs().sort(descending=True).values.view(torch.int32)
-    places = (int((DENSITY + 0.02) * len(values)), int((DENSITY - 0.02) * len(values)))
-    low, high = (int(ordered[place]) for place in places)
-    return low, high
 
 
 def markdown(found: Mapping[str, Any]) -> str:

@@ -59,6 +59,13 @@ PARTICIPANTS: Mapping[str, Participant] = _named(
     ),
     Participant(name="ours", title="**Mergeyard**", role="ours", module="benchmarks.own", arguments=("merge",)),
     Participant(
+        name="ours-known",
+        title="Mergeyard, the sources' digests known",
+        role="ours",
+        module="benchmarks.own",
+        arguments=("known",),
+    ),
+    Participant(
         name="ours-unhashed",
         title="Mergeyard, outputs not hashed",
         role="ours",

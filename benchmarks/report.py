@@ -21,10 +21,11 @@ from benchmarks.kernels import markdown as kernels_markdown
 from benchmarks.machine import cpu_name
 from benchmarks.participants import PARTICIPANTS
 from benchmarks.runs import Run, Runs
-from benchmarks.targets import TARGETS, Figure, Kernels, Target, floor_seconds
+from benchmarks.targets import MISSED, OURS, OURS_LATER, TARGETS, Figure, Kernels, Target, floor_seconds
 
 PLOT = "speed.svg"
-COLOURS = ("#999999", "#bbbbbb", "#d9d9d9", "#d62728", "#ff9896", "#1f77b4", "#2ca02c", "#98df8a", "#9467bd")
+PROFILE = "PROFILE.md"
+COLOURS = ("#999999", "#bbbbbb", "#d9d9d9", "#d62728", "#ff9896", "#e377c2", "#1f77b4", "#2ca02c", "#98df8a", "#9467bd")
 BUSY = 0.1  # of all cores: watching a run takes a few hundredths itself
 HOW = """\
 How: a round runs every participant of every case once, one after the other, so that what slows the machine slows
@@ -36,9 +37,12 @@ at every 50 ms (at processes so large that looking slows them, less often), impo
 Private_Clean + Private_Dirty. Temporary disk is the most that lay in the run's folder, less the result. A peer that
 takes more than a minute runs twice; one that was stopped, after the cap (600 s) or at the end of memory, once.
 
-The bare products are made in two ways: a fresh result each, as `torch.mm(B, A)` gives it, and all into one buffer
-that is there already (`out=`), which spares the page faults. ÷ floor is by the faster one, which is harder to be
-near to."""
+The bare products are made in two ways, each judged in a row of its own: a fresh result each, as `torch.mm(B, A)`
+gives it, and all into one buffer that is there already (`out=`), which spares the page faults. In the tables of runs
+÷ floor is by the faster one, which is harder to be near to.
+
+"Digests known": the same with a merge whose sources were hashed by an earlier one (every further merge of a base, every
+point of a sweep). It is a remark; what is judged hashes everything."""
 
 
 def write_report(runs: Runs, cases: Sequence[Case], *, folder: Path, cores: int, into: Path | None) -> str:
@@ -55,6 +59,7 @@ def write_report(runs: Runs, cases: Sequence[Case], *, folder: Path, cores: int,
             machine(runs, cores),
             HOW,
             "## What must be reached\n\n" + targets_table(runs, kernels),
+            *([growth] if (growth := growth_tables(runs, shown)) else []),
             f"## Runs\n\n![Wall and private memory of every participant]({PLOT})",
             *(f"### {case.title}\n\n" + case_table(runs, case) for case in shown),
             *(kernels_markdown(found) for found in kernels),
@@ -96,12 +101,18 @@ def was_busy(runs: Runs) -> bool:
 
 
 def targets_table(runs: Runs, kernels: Kernels) -> str:
-    rows = ["| case | must reach | measured | |", "| --- | --- | --- | --- |"]
+    rows = [
+        "| case | must reach | measured | | digests known |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for target in TARGETS:
-        found = target.figure(runs, kernels)
+        found = target.figure(runs, kernels, OURS)
+        later = target.figure(runs, kernels, OURS_LATER) if target.later else None
         limit = ("≥ " if target.floor else "≤ ") + target.show.format(target.limit)
         verdict = "not judged" if was_busy(runs) and target.timed and found else target.verdict(found)
-        rows.append(f"| {target.title} | {limit} | {_shown(target, found)} | {verdict} |")
+        if verdict == MISSED and target.timed:
+            verdict += f": [what bounds it]({PROFILE})"
+        rows.append(f"| {target.title} | {limit} | {_shown(target, found)} | {verdict} | {_shown(target, later)} |")
     if not any(found["device"] == "cuda" for found in kernels):
         rows.append("\nNo GPU was at hand: its rows stay open.")
     return "\n".join(rows)
@@ -127,6 +138,43 @@ def case_table(runs: Runs, case: Case) -> str:
     if floor is not None:
         rows.append(f"\nFloor: {_seconds(floor)}.")
     return "\n".join(rows)
+
+
+def growth_tables(runs: Runs, cases: Sequence[Case]) -> str:
+    """How our time and memory grow with the number of adapters, for each model with two such cases or more."""
+    parts = []
+    for model in dict.fromkeys(case.model for case in cases):
+        own = [case for case in cases if case.model == model and not case.finetunes and not case.parameters]
+        points = [(case.adapters, done) for case in own if (done := _done(runs, case))]
+        if len(points) > 1:
+            parts.append(
+                "\n".join([f"### {model.title}", "", *_growth_rows(sorted(points, key=lambda point: point[0]))])
+            )
+    return "\n\n".join(["## Time and memory by number of adapters", *parts]) if parts else ""
+
+
+def _done(runs: Runs, case: Case) -> list[Run]:
+    return [run for run in runs.of(case.name, OURS) if run.done]
+
+
+def _growth_rows(points: Sequence[tuple[int, Sequence[Run]]]) -> list[str]:
+    """The last two columns: what each adapter more than in the row before takes."""
+    rows = [
+        "| adapters | wall | CPU | peak private | CPU, each further adapter | private, each further adapter |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    before: tuple[int, float, float] | None = None
+    for adapters, made in points:
+        wall = median(run.watched.seconds for run in made)
+        processor = median(run.watched.processor for run in made)
+        private = median(run.watched.private for run in made)
+        more = "– | –"
+        if before is not None:
+            count = adapters - before[0]
+            more = f"{(processor - before[1]) / count:.3f} s | {(private - before[2]) / count / 1e6:.1f} MB"
+        rows.append(f"| {adapters} | {_seconds(wall)} | {_seconds(processor)} | {private / 1e6:.0f} MB | {more} |")
+        before = adapters, processor, private
+    return rows
 
 
 def _cells(made: Sequence[Run], floor: float | None) -> list[str]:

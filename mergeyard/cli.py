@@ -315,11 +315,14 @@ def _merge(recipe: str, folder: Path, out: Path, device: Device, threads: int, *
     from mergeyard import display, local
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the sink cleans up
-    plan = local.plan_recipe(recipe, folder, read_settings())
+    settings = read_settings()
+    plan = local.plan_recipe(recipe, folder, settings)
     display.show_warnings([warning.as_json() for warning in plan.warnings])
     try:
         with display.merging(plan.method) as on_progress:
-            manifest = local.merge_plan(plan, out, device=device.value, threads=threads, on_progress=on_progress)
+            manifest = local.merge_plan(
+                plan, out, settings, device=device.value, threads=threads, on_progress=on_progress
+            )
     except Exception as error:
         # What the recipe could have said is caught above: from here on it is the merge that failed.
         fail(error, as_json=as_json, code=WRONG if _code_of(error) in ("output_exists", "not_supported") else FAILED)

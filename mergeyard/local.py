@@ -40,12 +40,18 @@ def extraction(base: str, finetuned: str, *, rank: int | None, min_retained_ener
 def merge_plan(
     plan: Plan,
     out: Path,
+    settings: Settings,
     *,
     device: Literal["auto", "cpu", "cuda"],
     threads: int,
     on_progress: Callable[[int, int], None],
 ) -> Manifest:
-    """Run a plan into the folder ``out``. Raises MergeyardError."""
+    """Run a plan into the folder ``out``. Raises MergeyardError.
+
+    Where there is a data folder, sources that were hashed before are not hashed again, as by a worker.
+    """
+    from worker.engine.digests import DigestCache  # noqa: PLC0415 (as below)
     from worker.engine.run import merge_to_folder  # noqa: PLC0415 (torch: seconds, and no part of planning)
 
-    return merge_to_folder(plan, out, device=device, threads=threads, on_progress=on_progress)
+    digests = DigestCache(settings.digests if settings.root.is_dir() else None)
+    return merge_to_folder(plan, out, device=device, threads=threads, on_progress=on_progress, digests=digests)

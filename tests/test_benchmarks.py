@@ -14,17 +14,19 @@ import torch
 from safetensors.torch import load_file
 
 from app.artifacts.manifest import MANIFEST_NAME
-from benchmarks import kernels, own, speed, synthetic
+from benchmarks import ceilings, kernels, merge_in_memory, own, profile, spans, speed, synthetic
 from benchmarks.cases import Case, Model
 from benchmarks.job import Job
 from benchmarks.participants import PARTICIPANTS
 from benchmarks.peers import article, peft_merge
-from benchmarks.report import targets_table, write_report
+from benchmarks.report import growth_tables, targets_table, write_report
 from benchmarks.runs import Run, Runs
 from benchmarks.targets import MAIN
 from benchmarks.watch import Watched, watch
 from tests import tiny
 from tests.engine.merges import merge, plan_of, tensors_of
+from worker.engine import digests
+from worker.engine.digests import DigestCache
 from worker.engine.kernels import load
 
 SOURCES = [{"adapter": f"models:{name}"} for name in tiny.ADAPTERS]
@@ -117,11 +119,20 @@ def test_a_figure_is_reached_missed_or_open(tmp_path: Path) -> None:
         runs.add(run(name, seconds=seconds))
     runs.add(run("mergekit", outcome="over time", seconds=600.0))  # 120 times ours at least
     runs.add(run("peft-ties", outcome="failed", seconds=100.0))
-    wall, mergekit, peft, private = targets_table(runs, []).splitlines()[2:6]
-    assert wall.endswith("| ≤ 2.00 | 1.67 | reached |")  # by the faster of the two ways to make the products
-    assert mergekit.endswith("| ≥ 60 | over 120 | reached |")
-    assert peft.endswith("| ≥ 3.00 | – | open |")
-    assert private.endswith("| ≤ 700 MB | 1000 MB | **not reached** |")
+    fresh, reused, mergekit, peft, private = targets_table(runs, []).splitlines()[2:7]
+    assert fresh.endswith("| ≤ 2.00 | 1.25 | reached | – |")
+    assert reused.endswith("| ≤ 2.00 | 1.67 | reached | – |")
+    assert mergekit.endswith("| ≥ 60 | over 120 | reached | – |")
+    assert peft.endswith("| ≥ 3.00 | – | open | – |")
+    assert private.endswith("| ≤ 700 MB | 1000 MB | **not reached** | – |")
+
+
+def test_a_merge_with_known_digests_is_a_remark_and_what_is_missed_leads_to_the_profile(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs.jsonl")
+    for name, seconds in {"cp": 1.0, "products": 1.0, "ours": 5.0, "ours-known": 3.0}.items():
+        runs.add(run(name, seconds=seconds))
+    missed = "**not reached**: [what bounds it](PROFILE.md)"
+    assert targets_table(runs, []).splitlines()[2].endswith(f"| ≤ 2.00 | 2.50 | {missed} | 1.50 |")
 
 
 def test_times_of_a_busy_machine_are_not_judged_and_said_to_flatter_us(tmp_path: Path) -> None:
@@ -129,12 +140,12 @@ def test_times_of_a_busy_machine_are_not_judged_and_said_to_flatter_us(tmp_path:
     for name in ("cp", "products", "ours"):
         runs.add(run(name, whole=1.0, others=0.01 * (os.cpu_count() or 1)))
     text = write_report(runs, [], folder=tmp_path, cores=2, into=None)
-    assert "| ≤ 2.00 | 0.50 | reached |" in text
+    assert "| ≤ 2.00 | 0.50 | reached | – |" in text
     assert "flatters us" not in text
     runs.add(run("ours", 2, whole=1.0, others=0.9 * (os.cpu_count() or 1)))
     text = write_report(runs, [], folder=tmp_path, cores=2, into=None)
-    assert "| ≤ 2.00 | 0.50 | not judged |" in text
-    assert "| ≤ 700 MB | 1000 MB | **not reached** |" in text  # memory is what it is
+    assert "| ≤ 2.00 | 0.50 | not judged | – |" in text
+    assert "| ≤ 700 MB | 1000 MB | **not reached** | – |" in text  # memory is what it is
     assert "flatters us" in text
 
 
@@ -154,7 +165,7 @@ def test_a_stopped_peer_that_ran_too_short_to_tell_leaves_its_figure_open(tmp_pa
     runs = Runs(tmp_path / "runs.jsonl")
     runs.add(run("ours", seconds=20.0))
     runs.add(run("mergekit", outcome="over time", seconds=600.0))
-    assert targets_table(runs, []).splitlines()[3].endswith("| ≥ 60 | over 30 | open |")
+    assert targets_table(runs, []).splitlines()[4].endswith("| ≥ 60 | over 30 | open | – |")
 
 
 def test_a_peer_runs_in_every_round_twice_when_long_and_once_when_stopped() -> None:
@@ -202,6 +213,60 @@ def test_what_ours_writes_unhashed_has_the_bytes_of_what_it_hashes(made: Path, c
         assert MANIFEST_NAME in folders[name]
         del folders[name][MANIFEST_NAME]  # it holds the digests, and the recipe's paths
     assert folders["hashed"] == folders["unhashed"]
+
+
+def test_a_merge_whose_digests_are_known_hashes_no_source(
+    made: Path, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, cache = case.job(made, tmp_path), DigestCache(tmp_path / "digests")
+    own.hash_sources(own.planned(job), cache)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a source is hashed again")
+
+    monkeypatch.setattr(digests, "hash_file", refuse)
+    own.merge(job, cache)
+    assert (Path(job.out) / MANIFEST_NAME).exists()
+
+
+def test_time_and_memory_are_told_for_each_further_adapter(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs.jsonl")
+    model = Model("tiny", "tiny", write_tiny)
+    cases = [
+        Case(name=f"tiny-{count}", title="", model=model, adapters=count, participants=("ours",))
+        for count in (16, 1, 4)
+    ]
+    for count, processor, private in ((1, 1.0, 300_000_000), (4, 1.6, 303_000_000), (16, 3.4, 339_000_000)):
+        runs.add(run("ours", case=f"tiny-{count}", processor=processor, private=private))
+    rows = growth_tables(runs, cases).splitlines()[-3:]
+    assert rows[0].endswith("| 300 MB | – | – |")
+    assert rows[1].endswith("| 303 MB | 0.200 s | 1.0 MB |")
+    assert rows[2].endswith("| 339 MB | 0.150 s | 3.0 MB |")
+
+
+@pytest.mark.timeout(120)
+def test_the_profile_tells_each_kind_of_work_and_the_bound(
+    made: Path, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FILE_BYTES": 1 << 22, "COPIED": 1 << 12, "MATRIX": 64}.items():
+        monkeypatch.setattr(ceilings, name, value)
+    found = profile.profile_of(case, made)
+    counted = {kind["kind"] for kind in found.merged["kinds"]}
+    assert counted >= {spans.PLANNING, spans.READING, spans.MERGING, spans.HASHING_SOURCES, spans.HASHING_RESULT}
+    assert sum(kind["processor"] for kind in found.merged["kinds"]) <= found.processor
+    assert {"main", "block", "source-digests", "shard-writer"} <= set(found.by_role())
+    text = profile.document([(case, found)], ceilings.measure(made), cores=2)
+    assert f"Wall {found.wall:.2f} s" in text
+    assert "Bound: max(" in text
+    assert not (made / "profile").exists()
+
+
+def test_what_wraps_the_engine_counts_nested_work_once() -> None:
+    counted = spans.Spans()
+    counted.call("outer", None, lambda: counted.call("inner", lambda: (7, 0), lambda: sum(range(300_000))))
+    outer, inner = counted.kinds["main", "outer"], counted.kinds["main", "inner"]
+    assert inner.amount == 7
+    assert inner.processor > outer.processor
 
 
 def test_an_adapter_and_a_finetune_change_the_model_they_were_made_for(made: Path) -> None:
@@ -294,9 +359,9 @@ def test_the_kernels_benchmark_needs_no_package_that_a_bare_gpu_machine_lacks() 
 
 
 def test_the_gpus_merge_over_8_billion_parameters_keeps_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "MODULES_8B", ((256, 128), (64, 256)))
-    monkeypatch.setattr(kernels, "_bracket", lambda *_: (0, 0x7F80_0000))
+    monkeypatch.setattr(merge_in_memory, "MODULES_8B", ((256, 128), (64, 256)))
+    monkeypatch.setattr(merge_in_memory, "_bracket", lambda *_: (0, 0x7F80_0000))
     delta = kernels.Product(torch.randn(256, 4), torch.randn(4, 128), 1.0)
     base, result = torch.zeros(256 * 128), torch.empty(256 * 128)
-    kernels.ties(load("cpu"), base, [delta], result, torch.empty(1, 256 * 128, dtype=torch.int32))
-    assert int((result != 0).sum()) == int(kernels.DENSITY * 256 * 128)
+    merge_in_memory.ties(load("cpu"), base, [delta], result, torch.empty(1, 256 * 128, dtype=torch.int32))
+    assert int((result != 0).sum()) == int(merge_in_memory.DENSITY * 256 * 128)

@@ -73,7 +73,7 @@ def open_workplace(settings: Settings, worker: str) -> Workplace:
         bell=Bell(settings.broker),
         store=LocalStore(settings.artifacts, keep_free=settings.min_free_bytes),
         kernels=kernels,
-        digests=DigestCache(settings.root / "digests"),
+        digests=DigestCache(settings.digests),
         worker=worker,
     )
 

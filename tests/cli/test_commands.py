@@ -116,6 +116,20 @@ class TestMerge:
         manifest = json.loads((tmp_path / "out" / "mergeyard.json").read_text())
         assert {key: value for key, value in ran.json.items() if key != "out"} == manifest
 
+    def test_sources_are_hashed_once_where_there_is_a_data_folder(self, recipe: Path, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        assert mergeyard("merge", recipe, tmp_path / "first", MERGEYARD_DATA_DIR=str(data)).code == 0
+        assert not data.exists()
+        data.mkdir()
+        mergeyard("merge", recipe, tmp_path / "second", MERGEYARD_DATA_DIR=str(data))
+        remembered = list((data / "digests").iterdir())
+        assert remembered
+        for path in remembered:
+            path.write_text("0" * 64 + "\n")
+        mergeyard("merge", recipe, tmp_path / "third", MERGEYARD_DATA_DIR=str(data))
+        manifest = json.loads((tmp_path / "third" / "mergeyard.json").read_text())
+        assert {digest for source in manifest["sources"] for digest in source["files"].values()} == {"0" * 64}
+
     def test_does_not_touch_a_folder_that_is_there(self, recipe: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         out.mkdir()
