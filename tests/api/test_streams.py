@@ -100,6 +100,14 @@ class TestWhatIsTold:
             api.jobs.publish(job.id, job.lease_token or "", ARTIFACT)
             assert [message.data["data"]["name"] for message in late if message.type == "shard"] == seen
 
+    def test_who_comes_back_to_a_running_merge_hears_nothing_twice(self, api: ServedApi) -> None:
+        job = api.running()
+        last = api.http.get(f"/merges/{job.id}/events").json()["after"]
+        with listening(api.http, job.id, {"Last-Event-ID": str(last)}) as stream:
+            stream.until("progress")
+            shard(api, job, "a")
+            assert [message.type for message in stream.until("shard")] == ["shard"]
+
     def test_progress_comes_when_it_changes_and_has_no_number(self, api: ServedApi) -> None:
         job = api.running()
         with listening(api.http, job.id) as stream:
