@@ -121,8 +121,9 @@ async def _http(routes: Sequence[Route], request: Request, error: Exception) -> 
     assert isinstance(error, HTTPException)
     path, headers = request.url.path, dict(error.headers or {})
     if error.status_code == 405:
-        found = [route.methods or set() for route in routes if route.path_regex.match(path)]
-        allowed = ", ".join(sorted(set().union(*found)))
+        found = [route for route in routes if route.path_regex.match(path)]
+        named = [route for route in found if not route.param_convertors] or found  # /merges/plan is no merge's address
+        allowed = ", ".join(sorted(set().union(*(route.methods or () for route in named))))
         headers["Allow"] = allowed  # Starlette names the methods of the first route only
         message = f"{request.method} is not allowed on {path}; allowed: {allowed}."
         failure = MergeyardError("method_not_allowed", message)

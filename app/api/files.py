@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from app.api.answers import ASKED_OF_DOWNLOADS, DIGEST, DOWNLOAD_HEADERS, ETAG, FROM_FILES, RANGE_HEADERS
 from app.api.archive import tar_segments
 from app.api.callers import Reading
 from app.api.merges import Id, Problem
@@ -26,19 +28,35 @@ CONTENT_TYPES = {
     ".md": "text/markdown; charset=utf-8",
     ".txt": "text/plain; charset=utf-8",
 }
-DOWNLOAD: dict[int | str, dict[str, Any]] = {
-    200: {"description": "All of it", "content": {"application/octet-stream": {}}},
-    206: {"description": "The range that was asked for"},
-    304: {"description": "The ETag still holds"},
-    404: Problem,
-    409: Problem,
-    416: Problem,
-}
+OTHER_FILES = "application/octet-stream"
+TAR = "application/x-tar"
+
+
+def answers(media_types: Collection[str], headers: Mapping[str, Any] = MappingProxyType({})) -> dict[int | str, Any]:
+    """The OpenAPI responses of a download that has one of these media types, and ``headers`` of its own."""
+    content: dict[str, Any] = {media_type.partition(";")[0]: {} for media_type in media_types}
+    return {
+        200: {"description": "All of it", "content": content, "headers": {**DOWNLOAD_HEADERS, **headers}},
+        206: {"description": "The range asked for", "content": content, "headers": {**RANGE_HEADERS, **headers}},
+        304: {"description": "The ETag still holds", "headers": {"ETag": ETAG}},
+        404: Problem,
+        409: Problem,
+        416: Problem,
+    }
+
+
+FILE = answers((*CONTENT_TYPES.values(), OTHER_FILES), DIGEST)
+ARCHIVE = answers((TAR,))
 
 router = APIRouter(prefix="/merges/{id}", tags=["files"])
 
 
-@router.get("/files", response_model=FileList, summary="List the files", responses={404: Problem, 409: Problem})
+@router.get(
+    "/files",
+    response_model=FileList,
+    summary="List the files",
+    responses={200: {"headers": {"ETag": ETAG}, "links": FROM_FILES}, 404: Problem, 409: Problem},
+)
 def list_files(caller: Reading, id: Id, serving: Serving, response: Response) -> FileList:
     """The artifact's files with their sizes and digests. 409 until the merge has succeeded."""
     job, files = serving.published(id, caller)
@@ -48,8 +66,20 @@ def list_files(caller: Reading, id: Id, serving: Serving, response: Response) ->
     return FileList.of(id, files, manifest_sha256)
 
 
-@router.get("/files/{path:path}", response_class=Response, summary="Download a file", responses=DOWNLOAD)
-@router.head("/files/{path:path}", response_class=Response, summary="Look at a file", responses=DOWNLOAD)
+@router.get(
+    "/files/{path:path}",
+    response_class=Response,
+    summary="Download a file",
+    responses=FILE,
+    openapi_extra=ASKED_OF_DOWNLOADS,
+)
+@router.head(
+    "/files/{path:path}",
+    response_class=Response,
+    summary="Look at a file",
+    responses=FILE,
+    openapi_extra=ASKED_OF_DOWNLOADS,
+)
 async def download(caller: Reading, id: Id, path: str, request: Request, serving: Serving) -> Response:
     """Takes Range, If-Range and If-None-Match; `ETag` is the quoted sha256, `Repr-Digest` the same in base64."""
     _, files = await run_in_threadpool(serving.published, id, caller)
@@ -59,14 +89,26 @@ async def download(caller: Reading, id: Id, path: str, request: Request, serving
     return await send_file(request, serving, caller, id, file)
 
 
-@router.get("/archive.tar", response_class=Response, summary="Download everything as one tar", responses=DOWNLOAD)
-@router.head("/archive.tar", response_class=Response, summary="Look at the tar", responses=DOWNLOAD)
+@router.get(
+    "/archive.tar",
+    response_class=Response,
+    summary="Download everything as one tar",
+    responses=ARCHIVE,
+    openapi_extra=ASKED_OF_DOWNLOADS,
+)
+@router.head(
+    "/archive.tar",
+    response_class=Response,
+    summary="Look at the tar",
+    responses=ARCHIVE,
+    openapi_extra=ASKED_OF_DOWNLOADS,
+)
 async def archive(caller: Reading, id: Id, request: Request, serving: Serving) -> Response:
     """Streamed with its exact length, resumable like any file; the same artifact always gives the same bytes."""
     job, files = await run_in_threadpool(serving.published, id, caller)
     assert job.artifact is not None
     headers = {
-        "Content-Type": "application/x-tar",
+        "Content-Type": TAR,
         "Content-Disposition": f'attachment; filename="{id}.tar"',
     }
     etag = f'"tar-{job.artifact["manifest_sha256"]}"'
@@ -85,7 +127,7 @@ async def send_file(
     """A file of the merge ``id``, whole or in part, under whichever path it was asked for."""
     digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
     described = {
-        "Content-Type": CONTENT_TYPES.get(PurePosixPath(file.name).suffix, "application/octet-stream"),
+        "Content-Type": CONTENT_TYPES.get(PurePosixPath(file.name).suffix, OTHER_FILES),
         "Repr-Digest": f"sha-256=:{digest}:",
         **(headers or {}),
     }

@@ -19,8 +19,9 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
+from app.api.answers import ASKED_OF_DOWNLOADS
 from app.api.callers import Reading
-from app.api.files import DOWNLOAD, send_file
+from app.api.files import FILE, send_file
 from app.api.merges import Problem
 from app.api.schemas import Document
 from app.api.service import Service, Serving
@@ -172,7 +173,8 @@ def get_folder(
 # No 409: a merge without files is no repository.
 RESOLVE: dict[str, Any] = {
     "response_class": Response,
-    "responses": {status: answer for status, answer in DOWNLOAD.items() if status != 409},
+    "responses": {status: answer for status, answer in FILE.items() if status != 409},
+    "openapi_extra": ASKED_OF_DOWNLOADS,
 }
 
 

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
+from app.api.answers import FROM_A_MERGE, FROM_EVENTS, LOCATION, MERGE_HEADERS, NEXT_PAGE
 from app.api.callers import Merging, Reading
 from app.api.envelope import Body, Envelope, Submission, read_submission, submitted
 from app.api.eventstream import MEDIA_TYPE, PAGE, EventStream, wants_stream
@@ -49,7 +50,15 @@ router = APIRouter(prefix="/merges", tags=["merges"])
     status_code=202,
     response_model=Merge,
     summary="Submit a merge",
-    responses={413: Problem, 415: Problem, 422: Problem, 429: Problem, 503: Problem, 507: Problem},
+    responses={
+        202: {"headers": {**MERGE_HEADERS, "Location": LOCATION}, "links": FROM_A_MERGE},
+        413: Problem,
+        415: Problem,
+        422: Problem,
+        429: Problem,
+        503: Problem,
+        507: Problem,
+    },
     openapi_extra=submission_body(Envelope.model_json_schema()),
 )
 async def submit(
@@ -88,7 +97,12 @@ async def plan(caller: Merging, body: Body, serving: Serving) -> MergePlan:
     return await serving.planning.take(planned)
 
 
-@router.get("", response_model=MergePage, summary="List merges", responses={422: Problem})
+@router.get(
+    "",
+    response_model=MergePage,
+    summary="List merges",
+    responses={200: {"headers": {"Link": NEXT_PAGE}}, 422: Problem},
+)
 def list_merges(
     caller: Reading,
     request: Request,
@@ -108,7 +122,16 @@ def list_merges(
     return MergePage(items=[MergeSummary.listed(job) for job in page.jobs], next_cursor=page.next_cursor)
 
 
-@router.get("/{id}", response_model=Merge, summary="Look at a merge", responses={404: Problem})
+@router.get(
+    "/{id}",
+    response_model=Merge,
+    summary="Look at a merge",
+    responses={
+        200: {"headers": MERGE_HEADERS, "links": FROM_A_MERGE},
+        304: {"description": "Nothing changed since that ETag", "headers": MERGE_HEADERS},
+        404: Problem,
+    },
+)
 def get_merge(
     caller: Reading,
     id: Id,
@@ -135,6 +158,7 @@ EVENTS: dict[int | str, dict[str, Any]] = {
                 "example": "id: 7\nevent: claimed\ndata: {…}\n\nevent: progress\ndata: {…}\n\n",
             }
         },
+        "links": FROM_EVENTS,
     },
     204: {"description": "Of a stream: the merge has ended, and the client knows all of it. An EventSource stops"},
     404: Problem,
@@ -172,7 +196,7 @@ def events(
     status_code=202,
     response_model=Merge,
     summary="Cancel a merge",
-    responses={404: Problem, 409: Problem},
+    responses={202: {"headers": MERGE_HEADERS, "links": FROM_A_MERGE}, 404: Problem, 409: Problem},
 )
 def cancel(caller: Merging, id: Id, serving: Serving, response: Response) -> Merge:
     """Idempotent. A running merge stops at the next tile; one that already succeeded or failed is a 409."""

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from app.api.answers import SET_COOKIE
 from app.api.callers import Known, cookie_name
 from app.api.schemas import Document
 from app.api.service import Serving
@@ -36,7 +37,13 @@ class SessionDocument(Document):
         )
 
 
-@router.post("", status_code=201, response_model=SessionDocument, summary="Sign in")
+@router.post(
+    "",
+    status_code=201,
+    response_model=SessionDocument,
+    summary="Sign in",
+    responses={201: {"headers": {"Set-Cookie": SET_COOKIE}}},
+)
 def open_session(caller: Known, serving: Serving, request: Request, response: Response) -> SessionDocument:
     """Send a key as Bearer; the answer sets a cookie with the same rights. With the cookie, whatever is not GET or HEAD
     needs the answer's `csrf_token` as `X-CSRF-Token`. It ends by time, by DELETE, or with its key.

@@ -25,6 +25,7 @@ BODY = {
                 "schema": {
                     "type": "object",
                     "properties": {"files": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                    "required": ["files"],
                 }
             }
         },
@@ -40,7 +41,7 @@ router = APIRouter(prefix="/uploads", tags=["sources"])
     response_model=UploadDocument,
     summary="Upload a model or an adapter",
     responses={
-        200: {"description": "The same files were there already"},
+        200: {"description": "The same files were there already", "model": UploadDocument},
         413: Problem,
         415: Problem,
         422: Problem,

@@ -226,6 +226,11 @@ class TestRouting:
         problem(response, 405, "method_not_allowed")
         assert response.headers["allow"] == "GET, POST"
 
+    def test_a_path_of_its_own_has_no_methods_of_those_that_look_like_it(self, api: ServedApi) -> None:
+        response = api.http.put("/merges/plan")  # /merges/{id} fits it, too
+        problem(response, 405, "method_not_allowed")
+        assert response.headers["allow"] == "POST"
+
     @pytest.mark.parametrize(
         "query", ["limit=0", "limit=x", "cursor=x", "cursor=AAAA", "status=done", "method=a%00", "limit=1000"]
     )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.main import create_app
 from app.settings import Settings
+from tests import files
 from tests.api.curl import run_curl
 from tests.api.serving import PROBLEM, ServedApi
+from tests.api.test_uploads import parts_of
 
 DOCUMENT = create_app(Settings()).openapi()
 
@@ -140,6 +143,86 @@ def test_every_answer_has_its_documented_shape(api: ServedApi) -> None:
         declared = DOCUMENT["paths"][template]["get"]["responses"]["200"]
         found = api.http.get(path)
         assert problems_of(found.json(), declared["content"]["application/json"]["schema"]) == [], path
+
+
+@pytest.mark.parametrize("method", ["get", "head"])
+@pytest.mark.parametrize(
+    "asked", [{}, {"range": "bytes=0-1"}, {"if-none-match": "*"}], ids=["all", "range", "unchanged"]
+)
+@pytest.mark.parametrize("name", ["files/config.json", "files/a.md", "files/a.txt", "files/a.bin", "archive.tar"])
+def test_a_download_has_its_documented_type_and_headers(
+    api: ServedApi, name: str, asked: dict[str, str], method: str
+) -> None:
+    merge = api.published({name.removeprefix("files/"): b"bytes"})
+    found = api.http.request(method, f"/merges/{merge.id}/{name}", headers=asked)
+    template = "/merges/{id}/archive.tar" if name == "archive.tar" else "/merges/{id}/files/{path}"
+    declared = DOCUMENT["paths"][template][method]["responses"][str(found.status_code)]
+    if found.status_code != 304:
+        assert found.headers["content-type"].partition(";")[0] in declared["content"]
+    assert [header for header, meaning in declared["headers"].items() if meaning["required"]] == [
+        header for header in declared["headers"] if header in found.headers
+    ]
+
+
+def test_an_unchanged_merge_is_documented(api: ServedApi) -> None:
+    merge = api.queued()
+    unchanged = api.http.get(f"/merges/{merge.id}", headers={"if-none-match": "*"})
+    assert unchanged.status_code == 304
+    declared = DOCUMENT["paths"]["/merges/{id}"]["get"]["responses"]["304"]
+    assert {name for name in declared["headers"] if name in unchanged.headers} == {"ETag", "Retry-After"}
+
+
+def test_the_answer_to_an_upload_is_documented_the_first_time_and_again(api: ServedApi, tmp_path: Path) -> None:
+    adapter = files.write_adapter(tmp_path / "adapter", files.lora_tensors(seed=412))
+    for status in (201, 200):
+        answer = api.http.post("/uploads", files=parts_of(adapter))
+        assert answer.status_code == status
+        declared = DOCUMENT["paths"]["/uploads"]["post"]["responses"][str(status)]
+        assert problems_of(answer.json(), declared["content"]["application/json"]["schema"]) == []
+
+
+def test_whatever_needs_a_key_may_be_refused_or_unavailable() -> None:
+    for operations in DOCUMENT["paths"].values():
+        for operation in operations.values():
+            if "security" in operation:
+                assert {"401", "403", "429", "503"} <= operation["responses"].keys()
+                assert "WWW-Authenticate" in operation["responses"]["401"]["headers"]
+                assert "Retry-After" in operation["responses"]["429"]["headers"]
+
+
+def test_every_link_leads_to_an_operation_by_all_that_its_path_needs() -> None:
+    operations = {
+        operation["operationId"]: operation
+        for operations in DOCUMENT["paths"].values()
+        for operation in operations.values()
+    }
+    followed = set()
+    for operation in operations.values():
+        for answer in operation["responses"].values():
+            for link in answer.get("links", {}).values():
+                parameters = {one["name"]: one["in"] for one in operations[link["operationId"]].get("parameters", [])}
+                assert link["parameters"].keys() <= parameters.keys()
+                assert {name for name, place in parameters.items() if place == "path"} <= link["parameters"].keys()
+                followed.add(link["operationId"])
+    assert followed == {
+        name for path, of_path in DOCUMENT["paths"].items() if "{id}" in path for name in ids_of(of_path)
+    }
+
+
+def test_no_parameter_is_said_to_be_null() -> None:
+    schemas = {
+        parameter["name"]: parameter["schema"]
+        for operations in DOCUMENT["paths"].values()
+        for operation in operations.values()
+        for parameter in operation.get("parameters", ())
+    }
+    assert schemas["last-event-id"]["type"] == "integer"
+    assert schemas["status"]["type"] == "array"
+    assert not [name for name, schema in schemas.items() if {"type": "null"} in schema.get("anyOf", ())]
+
+
+def ids_of(operations: dict[str, Any]) -> set[str]:
+    return {operation["operationId"] for operation in operations.values()}
 
 
 def test_an_error_has_its_documented_shape(api: ServedApi) -> None:
