@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-faults fuzz benchmark lint format types clean
+.PHONY: setup demo test test-api test-faults fuzz benchmark lint format types clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ demo: $(STAMP)
 # A file's tests stay together: what they share is made once.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+# CONTRACT takes its options: make test-api CONTRACT="--seed 7"
+test-api: $(STAMP)
+	$(BIN)/python -m tests.contract $(CONTRACT)
 
 # 100 000 damaged source files: about three minutes of computing.
 fuzz: $(STAMP)
