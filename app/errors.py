@@ -98,7 +98,7 @@ CODES: dict[str, Code] = {
     "not_found": Code(404, "user", "Not found"),
     "method_not_allowed": Code(405, "user", "The method is not allowed here"),
     "conflict": Code(409, "user", "Its state does not allow this"),
-    "merge_in_use": Code(409, "user", "An alias points to the merge"),
+    "merge_in_use": Code(409, "user", "Something still needs the merge"),
     "webhook_refused": Code(422, "user", "The webhook's URL is not accepted"),
     "idempotency_mismatch": Code(422, "user", "The Idempotency-Key was used for another request"),
     "range_not_satisfiable": Code(416, "user", "The range cannot be satisfied"),

@@ -50,6 +50,7 @@ class Settings(BaseSettings):
         "", repr=False, description="whsec_…; more than one, with spaces between: the new first"
     )
     session_hours: float = Field(12.0, gt=0, le=24 * 30, description="How long a page stays signed in")
+    retention_seconds: int | None = Field(None, ge=1, description="Life of a merge without `expires_in`; empty: no end")
     queue: str = Field("default", description="The queue this worker serves")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")
 

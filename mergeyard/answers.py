@@ -51,6 +51,9 @@ class MergeSummary(TypedDict):
     progress: Progress
     error: Failure | None
     artifact: ArtifactSummary | None
+    reused: bool
+    pinned: bool
+    expires_at: str | None
     fingerprint: str
     created_at: str
     started_at: str | None

@@ -182,6 +182,11 @@ def submit(
     queue: Annotated[str, typer.Option(help="Which workers may take it.")] = "default",
     priority: Annotated[int, typer.Option(min=-100, max=100, help="Above 0 goes first, below 0 last.")] = 0,
     label: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="May be given several times.")] = None,
+    expires_in: Annotated[
+        int | None, typer.Option(metavar="SECONDS", min=1, help="Delete it that long after its success.")
+    ] = None,
+    pinned: Annotated[bool, typer.Option("--pinned", help="Keep it until somebody deletes it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Merge again even where there is an equal result.")] = False,
     as_json: AsJson = False,
     url: Url = LOCAL,
     api_key: ApiKey = "",
@@ -191,7 +196,15 @@ def submit(
 
     labels = dict(_label(text) for text in label or [])
     with _client(url, api_key, patient=wait or download is not None) as client:
-        merge = client.submit(_read(recipe), queue=queue, priority=priority, labels=labels)
+        merge = client.submit(
+            _read(recipe),
+            queue=queue,
+            priority=priority,
+            labels=labels,
+            expires_in=expires_in,
+            pinned=pinned,
+            force=force,
+        )
         display.show_submitted(merge)
         if wait or download is not None:
             merge = _wait(client, merge)
@@ -205,7 +218,7 @@ def submit(
         if not as_json:
             display.show_failure(merge)
         raise typer.Exit(FAILED)
-    if not as_json and merge["status"] == "succeeded":
+    if not as_json and merge["status"] == "succeeded" and (wait or download is not None):
         display.show_succeeded(merge, download)
 
 

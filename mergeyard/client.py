@@ -78,7 +78,8 @@ class Client:
         self.close()
 
     def submit(self, recipe: Mapping[str, Any] | str, *, idempotency_key: str | None = None, **envelope: Any) -> Merge:
-        """Queue a merge. ``recipe`` is a mapping or YAML text; ``envelope``: queue, priority, labels, webhook, …
+        """Queue a merge. ``recipe`` is a mapping or YAML text; ``envelope``: queue, priority, labels, webhook,
+        expires_in (seconds), pinned, force (merge again even where there is an equal result).
 
         The same ``idempotency_key`` with the same arguments gives the same merge; without one, each call is a new one.
         """

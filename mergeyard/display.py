@@ -159,7 +159,10 @@ def show_merged(out: Path, manifest: Manifest) -> None:
 
 def show_submitted(merge: Merge) -> None:
     show_warnings(merge["warnings"])
-    note(f"submitted {merge['id']}: {size(merge['progress']['bytes_total'])} to write")
+    if merge["reused"]:
+        note(f"submitted {merge['id']}: an equal merge has been made before, and its result is reused")
+    else:
+        note(f"submitted {merge['id']}: {size(merge['progress']['bytes_total'])} to write")
 
 
 def show_succeeded(merge: Merge, directory: Path | None) -> None:
@@ -188,10 +191,12 @@ def show_merge(merge: Merge) -> None:
         "labels": _listed(merge["labels"]),
         "created": _ago(merge["created_at"]),
         "finished": _ago(merge["finished_at"]),
+        "expires": (merge["expires_at"] or "")[:16],
         "fingerprint": merge["fingerprint"],
     }
     if merge["artifact"]:
         rows["artifact"] = f"{merge['artifact']['files']} files, {size(merge['artifact']['size'])}"
+        rows["artifact"] += ", reused" if merge["reused"] else ""
     _out().print(_pairs({name: value for name, value in rows.items() if value}))
     show_warnings(merge["warnings"])
     for failure in merge["failures"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import socket
 
 import uvicorn
@@ -16,6 +17,7 @@ from app.settings import Settings
 from mergeyard.processes import StartError
 
 KEEP_ALIVE_SECONDS = 30
+MOST_OPEN_FILES = 65_536
 GRACE_SECONDS = 10  # for requests in flight when told to stop
 
 log = logging.getLogger("mergeyard.api")
@@ -29,6 +31,7 @@ def serve(settings: Settings, descriptor: int | None = None) -> None:
         MergeyardError: `not_ready` where the database needs `mergeyard migrate`, `database_unavailable`.
     """
     logs.set_up(settings.log_format)
+    _allow_open_files()
     database = Database(settings.database, answer_seconds=settings.database_seconds)
     database.check()
     sockets = None if descriptor is None else [socket.socket(fileno=descriptor)]
@@ -60,6 +63,12 @@ class Server(uvicorn.Server):
         """Event streams end first: uvicorn would wait for them, and tells the application only after that."""
         self._api.state.service.streams.close()
         await super().shutdown(sockets)
+
+
+def _allow_open_files() -> None:
+    """As many as this process may have: a download of a whole artifact holds all of its files, to outlive them."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, MOST_OPEN_FILES), most))
 
 
 def check_exposure(host: str, database: Database) -> str:

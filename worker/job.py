@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -17,6 +17,7 @@ from app.artifacts.store import LocalStore
 from app.errors import NO_SPACE, MergeyardError
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
+from app.planning.reuse import changeable_files, reuse_key
 from app.recipe import parse_recipe
 from app.records.bell import Bell
 from app.records.database import Database
@@ -121,8 +122,8 @@ def _attempt(place: Workplace, job: Job, lease: Lease, line: logging.LoggerAdapt
     jobs, token = place.jobs, lease.token
     try:
         try:
-            artifact = _merge(place, job, lease)
-            lease.persist(lambda: jobs.publish(job.id, token, artifact))
+            artifact, key = _merge(place, job, lease)
+            lease.persist(lambda: jobs.publish(job.id, token, artifact, reuse_key=key))
             return Ending.PUBLISHED
         except CancelRequested:
             lease.persist(lambda: jobs.confirm_cancelled(job.id, token))
@@ -146,9 +147,10 @@ def _attempt(place: Workplace, job: Job, lease: Lease, line: logging.LoggerAdapt
         return Ending.LOST
 
 
-def _merge(place: Workplace, job: Job, lease: Lease) -> Mapping[str, Any]:
-    """The straight line: plan again, merge, write the manifest. The artifact's row value comes back."""
+def _merge(place: Workplace, job: Job, lease: Lease) -> tuple[Mapping[str, Any], str | None]:
+    """The straight line: plan again, merge, write the manifest. The artifact's row value and reuse key come back."""
     plan = lease.persist(lambda: _plan_again(place, job))
+    key = reuse_key(plan)
     lease.check()
     sink = lease.persist(lambda: StoreSink(place.store, place.jobs, job, lease.persist))
     output = run_merge(
@@ -161,7 +163,17 @@ def _merge(place: Workplace, job: Job, lease: Lease) -> Mapping[str, Any]:
     )
     manifest = write_manifest(build_manifest(plan, output), sink)
     lease.check()
-    return artifact_row(manifest, (*output.files, manifest))
+    files = (*output.files, manifest)
+    return artifact_row(manifest, files), key if _reusable(plan, key, job, files) else None
+
+
+def _reusable(plan: Plan, key: str | None, job: Job, files: Sequence[StoredFile]) -> bool:
+    """Whether all of it was made from the files as ``key`` knows them: nothing was replaced meanwhile.
+
+    What an earlier attempt made it made from files that this one did not see.
+    """
+    of_this_attempt = all(file.key.startswith(f"{job.id}/{job.lease_token}/") for file in files)
+    return key == reuse_key(plan) and (of_this_attempt or not changeable_files(plan))
 
 
 def _plan_again(place: Workplace, job: Job) -> Plan:
@@ -206,24 +218,15 @@ def _tidy(place: Workplace, job: Job, line: logging.LoggerAdapter[logging.Logger
     merge ended and was deleted. Whoever deleted it swept before our last file was written, so all of it goes here.
     """
     try:
-        now = _row(place, job)
-        if now is None or now.status.finished:
-            sweep(now or job, place.store, deleted=now is None)
-            Upkeep(place.jobs.database).set_swept(job.id)
+        upkeep = Upkeep(place.jobs.database)
+        claims = upkeep.claims(job.id)
+        if claims is None or claims.finished:
+            sweep(job.id, place.store, upkeep)
         else:
             recorded = {shard.file.key for shard in place.jobs.shards(job.id)}
             place.store.delete_prefix(f"{job.id}/{job.lease_token}", keep=recorded)
     except (MergeyardError, OSError) as error:
         line.warning("leftovers stay until the janitor sweeps them: %s", error)
-
-
-def _row(place: Workplace, job: Job) -> Job | None:
-    try:
-        return place.jobs.get(job.id)
-    except MergeyardError as error:
-        if error.code != "not_found":
-            raise
-        return None
 
 
 def _ring(place: Workplace, job: Job, line: logging.LoggerAdapter[logging.Logger]) -> None:

@@ -19,10 +19,7 @@ JSON_TYPES = frozenset({"application/json"})
 YAML_TYPES = frozenset({"application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml"})
 MAX_LABELS = 32
 
-# Part of the design and not carried out yet: refused by name, never ignored.
-LATER = {
-    "expires_in": "delete the merge when you no longer need it",
-}
+LONGEST_LIFE = 10 * 365 * 86_400  # seconds
 
 Label = Annotated[str, Field(max_length=200)]
 
@@ -57,11 +54,17 @@ class Envelope(BaseModel):
     labels: dict[Annotated[str, Field(min_length=1, max_length=100)], Label] = Field(
         default_factory=dict, max_length=MAX_LABELS, description="Names and values for people and filters"
     )
-    pinned: bool = Field(False, description="Keep the artifact until it is deleted; today everything is kept")
+    expires_in: int | None = Field(
+        None,
+        ge=1,
+        le=LONGEST_LIFE,
+        description="Seconds after its success until the merge is deleted; without it MERGEYARD_RETENTION_SECONDS",
+    )
+    pinned: bool = Field(False, description="Keep the merge until somebody deletes it, whatever `expires_in` says")
     webhook: Webhook | None = Field(
         None, description="Who is told when the merge has ended: a URL, or with it the ends that it is told of"
     )
-    force: bool = Field(False, description="Merge again even where an equal result exists; today every merge is made")
+    force: bool = Field(False, description="Merge again even where you have an equal result")
 
 
 class Submission(BaseModel):
@@ -74,7 +77,7 @@ class Submission(BaseModel):
 
     def canonical(self) -> bytes:
         """The same bytes for requests that mean the same: what an Idempotency-Key is compared by."""
-        rest = self.envelope.model_dump(mode="json", exclude={"recipe", "webhook"})
+        rest = self.envelope.model_dump(mode="json", exclude={"recipe", "webhook"}, exclude_none=True)
         if self.envelope.webhook is not None:  # else as before there were webhooks: keys outlive an upgrade
             rest["webhook"] = self.envelope.webhook.model_dump(mode="json")
         value = {"recipe": submitted(self.recipe), **rest}
@@ -145,14 +148,10 @@ def _load(body: bytes) -> dict[str, Any]:
 
 
 def _envelope_problems(raw: Mapping[str, Any]) -> list[Problem]:
-    """Keys that do not exist, keys not carried out yet, and a missing recipe."""
+    """Keys that do not exist, and a missing recipe."""
     problems = []
-    for key, value in raw.items():
-        if key in LATER:
-            if value is not None:
-                message = f"`{key}` is not supported yet; {LATER[key]}."
-                problems.append(Problem(code="not_supported", message=message, where=key))
-        elif key not in Envelope.model_fields and "recipe" in raw:
+    for key in raw:
+        if key not in Envelope.model_fields and "recipe" in raw:
             problems.append(unknown_key(key[:100], Envelope.model_fields, key[:100]))
     if not isinstance(raw.get("recipe"), dict | str):
         message = "`recipe` is missing: the recipe goes under `recipe`, as an object or as YAML text."

@@ -42,9 +42,10 @@ COUNTED = (
     ("handed_back", "mergeyard_handed_back", "", "Attempts handed back by workers that were told to stop."),
     ("retried", "mergeyard_retries", "code", "Attempts that failed by a fault of the system and are tried again."),
     ("lost", "mergeyard_leases_lost", "reason", "Attempts whose worker stopped answering, or stalled."),
-    ("finished", "mergeyard_finished", "status", "Merges that ended."),
+    ("finished", "mergeyard_finished", "status", "Merges that ended; `reused` is none of `succeeded`."),
     ("failed", "mergeyard_failures", "code", "Merges that failed, by the code of the error."),
     ("written_bytes", "mergeyard_written_bytes", "", "Weight files that attempts finished, in bytes."),
+    ("expired", "mergeyard_expired", "", "Merges deleted because their time was over."),
     ("published_bytes", "mergeyard_published_bytes", "", "Everything published, in bytes."),
 )
 
@@ -55,7 +56,7 @@ KNOWN: Mapping[str, Collection[str]] = {
     "retried": _FAULTS,
     "failed": _FAULTS,
     "lost": LOST,
-    "finished": [str(status) for status in Status if status.finished],
+    "finished": [*(str(status) for status in Status if status.finished), "reused"],
 }
 
 

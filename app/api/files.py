@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,7 @@ from app.api.callers import Reading
 from app.api.merges import Id, Problem
 from app.api.schemas import FileList
 from app.api.service import Service, Serving
-from app.api.transfer import Stored, serve
+from app.api.transfer import Segment, Stored, Transfer, serve
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records.key import Caller
@@ -112,8 +113,8 @@ async def archive(caller: Reading, id: Id, request: Request, serving: Serving) -
         "Content-Disposition": f'attachment; filename="{id}.tar"',
     }
     etag = f'"tar-{job.artifact["manifest_sha256"]}"'
-    response = await serve(request, tar_segments(files.values()), serving.store, etag=etag, headers=headers)
-    return await _recorded(response, request, serving, caller, id, "archive.tar")
+    sent = _Sent(id, "archive.tar", tar_segments(files.values()))
+    return await _send(request, serving, caller, sent, etag=etag, headers=headers)
 
 
 async def send_file(
@@ -131,16 +132,33 @@ async def send_file(
         "Repr-Digest": f"sha-256=:{digest}:",
         **(headers or {}),
     }
-    etag = f'"{file.sha256}"'
-    response = await serve(request, [Stored(file.key, file.size)], serving.store, etag=etag, headers=described)
-    return await _recorded(response, request, serving, caller, id, file.name)
+    sent = _Sent(id, file.name, [Stored(file.key, file.size)])
+    return await _send(request, serving, caller, sent, etag=f'"{file.sha256}"', headers=described)
 
 
-async def _recorded(
-    response: Response, request: Request, serving: Service, caller: Caller, id: str, name: str
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What is sent of which merge, and what it is called."""
+
+    merge: str
+    name: str
+    segments: Sequence[Segment]
+
+
+async def _send(
+    request: Request, serving: Service, caller: Caller, sent: _Sent, *, etag: str, headers: Mapping[str, str]
 ) -> Response:
     """The response, after the audit says who is about to get bytes of which file."""
-    if request.method == "GET" and response.status_code in (200, 206):
-        data = {"file": name, "range": request.headers.get("range", "")[:100]}
-        await run_in_threadpool(serving.audit.add, caller, "downloaded", id, data)
+    try:
+        response = await serve(request, sent.segments, serving.store, etag=etag, headers=headers)
+    except FileNotFoundError:
+        await run_in_threadpool(serving.jobs.get, sent.merge, by=caller)  # not_found: it was deleted a moment ago
+        raise
+    if isinstance(response, Transfer):
+        data = {"file": sent.name, "range": request.headers.get("range", "")[:100]}
+        try:
+            await run_in_threadpool(serving.audit.add, caller, "downloaded", sent.merge, data)
+        except MergeyardError:
+            await run_in_threadpool(response.close)
+            raise
     return response

@@ -227,7 +227,7 @@ def _repository(serving: Service, caller: Caller, namespace: str, name: str, rev
         id=f"{namespace}/{name}",
         commit=commit_of(job.artifact["manifest_sha256"]),
         job=job,
-        files=artifact_files(job, serving.store),
+        files=artifact_files(job),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -32,9 +33,11 @@ from app.api.service import Service, Serving
 from app.errors import MergeyardError
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
+from app.planning.reuse import reuse_key
 from app.records.following import Standing
 from app.records.job import Idempotency, Job, NewJob, Status
 from app.records.key import Caller
+from app.settings import Settings
 
 POLL_SECONDS = 1  # Retry-After of an unfinished merge; a worker writes its progress at most twice a second
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -71,7 +74,8 @@ async def submit(
     ] = None,
 ) -> Merge:
     """Check the recipe against the real files and queue it. Everything wrong with it is answered at once (422), with
-    places; what is accepted (202) reaches exactly one of succeeded, failed, cancelled.
+    places; what is accepted (202) reaches exactly one of succeeded, failed, cancelled. Where you have a result of the
+    same fingerprint, whose sources nobody has touched since, it has succeeded at once (`reused`); `force` merges anew.
     """
     asked = await serving.planning.take(lambda: _asked(serving, caller, body, idempotency_key))
     job = asked if isinstance(asked, Job) else await run_in_threadpool(_queue, serving, caller, *asked)
@@ -209,7 +213,9 @@ def cancel(caller: Merging, id: Id, serving: Serving, response: Response) -> Mer
     "/{id}", status_code=204, response_class=Response, summary="Delete a merge", responses={404: Problem, 409: Problem}
 )
 def delete(caller: Merging, id: Id, serving: Serving) -> None:
-    """Removes a finished merge with its artifact. Unfinished ones are a 409: cancel them first."""
+    """Removes a finished merge, and its files unless other merges have them too. Unfinished ones are a 409: cancel them
+    first. So is one that an alias points to or an unfinished merge reads (`merge_in_use`).
+    """
     serving.discard(serving.jobs.delete(id, by=caller))
 
 
@@ -233,8 +239,8 @@ def _stream(caller: Caller, job_id: str, request: Request, serving: Service, aft
 
 def _asked(
     serving: Service, caller: Caller, body: tuple[str, bytes], key: str | None
-) -> Job | tuple[NewJob, Idempotency | None]:
-    """The job that is to be queued, or the one that the Idempotency-Key has made before.
+) -> Job | tuple[NewJob, Idempotency | None, str | None]:
+    """The job to submit, its key and the artifact that it may reuse; or the job that the Idempotency-Key has made.
 
     That is looked up before planning: a retry must find its merge even where the files have changed or gone since.
     """
@@ -243,14 +249,17 @@ def _asked(
     earlier = serving.jobs.earlier(idempotency) if idempotency else None
     if earlier is not None:
         return earlier
-    plan = make_plan(submission.recipe, serving.resolver(caller.owner))
-    return _new_job(submission, plan, caller.owner, serving.settings.max_attempts), idempotency
+    merges: set[str] = set()
+    plan = make_plan(submission.recipe, serving.resolver(caller.owner, merges))
+    new = _new_job(submission, plan, caller.owner, serving.settings, merges)
+    reuse = None if submission.envelope.force else serving.reusable(new)
+    return new, idempotency, reuse
 
 
-def _queue(serving: Service, caller: Caller, new: NewJob, idempotency: Idempotency | None) -> Job:
+def _queue(serving: Service, caller: Caller, new: NewJob, idempotency: Idempotency | None, reuse: str | None) -> Job:
     limits = serving.limits_of(caller)
-    job, created = serving.jobs.submit(new, idempotency=idempotency, by=caller, limits=limits)
-    if created:
+    job, created = serving.jobs.submit(new, idempotency=idempotency, reuse=reuse, by=caller, limits=limits)
+    if created and not job.status.finished:
         serving.ring(job)
     return job
 
@@ -265,7 +274,8 @@ def _idempotency(owner: str, key: str | None, submission: Submission) -> Idempot
     return Idempotency(owner=owner, key=key, request_hash=request_hash)
 
 
-def _new_job(submission: Submission, plan: Plan, owner: str, max_attempts: int) -> NewJob:
+def _new_job(submission: Submission, plan: Plan, owner: str, settings: Settings, merges: Collection[str]) -> NewJob:
+    """``merges``: the ids of those that the plan reads."""
     envelope = submission.envelope
     return NewJob(
         recipe=submitted(submission.recipe),
@@ -279,9 +289,12 @@ def _new_job(submission: Submission, plan: Plan, owner: str, max_attempts: int) 
         priority=envelope.priority,
         owner=owner,
         labels=envelope.labels,
-        max_attempts=max_attempts,
+        max_attempts=settings.max_attempts,
         pinned=envelope.pinned,
         webhook=None if envelope.webhook is None else envelope.webhook.model_dump(mode="json"),
+        expires_in=envelope.expires_in or settings.retention_seconds,
+        merges=merges,
+        reuse_key=reuse_key(plan),
     )
 
 

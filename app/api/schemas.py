@@ -108,6 +108,9 @@ class MergeSummary(Document):
     progress: Progress
     error: Failure | None
     artifact: ArtifactSummary | None
+    reused: bool = Field(description="The artifact is one that an equal merge of yours had made before")
+    pinned: bool = Field(description="It does not expire")
+    expires_at: datetime | None = Field(description="When it will be deleted, unless it is pinned or in use then")
     fingerprint: str = Field(description="sha256 over the resolved recipe, its files' pins and the engine's version")
     created_at: datetime
     started_at: datetime | None
@@ -410,6 +413,9 @@ def _summary(job: Listed) -> dict[str, Any]:
         ),
         "error": _failure(job.error),
         "artifact": _artifact(job.artifact),
+        "reused": job.reused,
+        "pinned": job.pinned,
+        "expires_at": None if job.pinned else job.expires_at,
         "fingerprint": job.plan_digest,
         "created_at": job.created_at,
         "started_at": job.started_at,

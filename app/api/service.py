@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -25,7 +25,7 @@ from app.records.bell import Bell
 from app.records.database import Database
 from app.records.deliveries import Deliveries
 from app.records.janitor import sweep
-from app.records.job import Job
+from app.records.job import Job, NewJob
 from app.records.jobs import Jobs
 from app.records.key import Caller
 from app.records.keys import Keys
@@ -37,7 +37,7 @@ from app.records.sessions import Sessions
 from app.records.upkeep import Upkeep
 from app.records.workers import Workers
 from app.settings import Settings
-from app.sources.resolver import Resolver
+from app.sources.resolver import MergedFiles, Resolver
 from app.sources.uploads import UploadStore
 from app.webhooks.outbound import Allowed
 
@@ -72,9 +72,31 @@ class Service:
     webhook_hosts: Allowed
     deliveries: Deliveries
 
-    def resolver(self, owner: str) -> Resolver:
-        """Where the references of this owner's recipes lead."""
-        return resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store)
+    def resolver(self, owner: str, merges: set[str] | None = None) -> Resolver:
+        """Where the references of this owner's recipes lead. The ids of merges that it finds go into ``merges``."""
+        found = resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store)
+        if merges is None or (find := found.merges) is None:
+            return found
+
+        def noting(job_id: str) -> MergedFiles:
+            files = find(job_id)
+            merges.add(job_id)
+            return files
+
+        return replace(found, merges=noting)
+
+    def reusable(self, new: NewJob) -> str | None:
+        """The artifact (``Job.artifact_id``) that is the new job's result already, and whole in the store."""
+        maker = self.jobs.reusable(new)
+        if maker is None:
+            return None
+        try:
+            whole = all(self.store.size(file.key) == file.size for file in artifact_files(maker).values())
+        except OSError:
+            whole = False
+        if not whole:
+            log.warning("the files of this merge are damaged: it is not reused", extra={"merge": maker.id})
+        return maker.id if whole else None
 
     def limits_of(self, caller: Caller) -> Limits:
         """What may be added for the caller."""
@@ -91,15 +113,15 @@ class Service:
         job = self.jobs.get(job_id, by=by)
         if job.artifact is None:
             raise _nothing_published(job)
-        return job, artifact_files(job, self.store)
+        return job, artifact_files(job)
 
     def discard(self, job: Job) -> None:
-        """Delete a deleted merge's files now. What fails here, the janitor does later."""
-        try:
-            sweep(job, self.store, deleted=True)
-            Upkeep(self.database).set_swept(job.id)
-        except OSError:
-            log.exception("the files of %s could not be deleted; the janitor will try again", job.id)
+        """Delete a deleted merge's files now, as far as nobody shares them. What fails here, the janitor does later."""
+        for folder in {job.id, job.artifact_id or job.id}:
+            try:
+                sweep(folder, self.store, Upkeep(self.database))
+            except OSError:
+                log.exception("the files of %s could not be deleted; the janitor will try again", folder)
 
     def ring(self, job: Job) -> None:
         """Tell the workers. A broker that is away costs time and nothing else: the row waits for the janitor's ring."""

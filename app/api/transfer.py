@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import BinaryIO
 from anyio import CancelScope, to_thread
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from app.api.errors import problem_response
 from app.api.ranges import NotSatisfiableError, if_range_allows, none_match, parse_range
@@ -55,51 +56,97 @@ async def serve(
     status, extra = 200, {"Content-Length": str(end - start)}
     if wanted:
         status, extra["Content-Range"] = 206, f"bytes {start}-{end - 1}/{size}"
-    await to_thread.run_sync(_check_sizes, store, segments)
-    body = _read(store, segments, start, end)
-    return _Transfer(body, status_code=status, headers={**common, **extra})
+    opened = await to_thread.run_sync(_open_all, store, _between(segments, start, end))
+    return Transfer(opened, status_code=status, headers={**common, **extra})
 
 
-class _Transfer(StreamingResponse):
-    """Closes its body however it ends: a reader that goes away between two pieces must not leave a file open."""
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """``left`` bytes of an open file, from where it stands."""
+
+    key: str
+    file: BinaryIO
+    left: int
+
+
+class Transfer(StreamingResponse):
+    """Streams what is open, and closes it however that ends.
+
+    Also where it never begins: a reader that goes away must not leave a file open.
+    """
 
     body_iterator: AsyncGenerator[bytes]
 
-    async def stream_response(self, send: Send) -> None:
-        async with aclosing(self.body_iterator):
-            await super().stream_response(send)
+    def __init__(self, parts: Sequence[bytes | _Opened], *, status_code: int, headers: Mapping[str, str]) -> None:
+        super().__init__(_read(parts), status_code=status_code, headers=headers)
+        self._parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self.body_iterator):
+                await super().__call__(scope, receive, send)
+        finally:
+            with CancelScope(shield=True):
+                await to_thread.run_sync(self.close)
+
+    def close(self) -> None:
+        """Close what is still open; for whoever does not send it after all."""
+        _close_all(self._parts)
 
 
-async def _read(store: LocalStore, segments: Sequence[Segment], start: int, end: int) -> AsyncGenerator[bytes]:
-    """The bytes [start, end) of the segments in a row."""
-    position = 0
+async def _read(parts: Sequence[bytes | _Opened]) -> AsyncGenerator[bytes]:
+    for part in parts:
+        if isinstance(part, bytes):
+            yield part
+            continue
+        left = part.left
+        while left:
+            piece = await to_thread.run_sync(part.file.read, min(PIECE_BYTES, left))
+            if not piece:
+                raise OSError(f"{part.key} ends {left} bytes before what was promised")
+            left -= len(piece)
+            yield piece
+        with CancelScope(shield=True):
+            await to_thread.run_sync(part.file.close)
+
+
+def _between(segments: Sequence[Segment], start: int, end: int) -> list[tuple[Segment, int, int]]:
+    """The segments that the bytes [start, end) lie in, each with the range of its own bytes that is wanted."""
+    wanted, position = [], 0
     for segment in segments:
         length = _length(segment)
         first, last = max(start - position, 0), min(end - position, length)
         position += length
-        if first >= last:
-            continue
-        if isinstance(segment, bytes):
-            yield segment[first:last]
-            continue
-        file: BinaryIO = await to_thread.run_sync(store.open, segment.key, first)
-        try:
-            while first < last:
-                piece = await to_thread.run_sync(file.read, min(PIECE_BYTES, last - first))
-                if not piece:
-                    raise OSError(f"{segment.key} ends at {first}; {last} bytes were promised")
-                first += len(piece)
-                yield piece
-        finally:
-            with CancelScope(shield=True):
-                await to_thread.run_sync(file.close)
+        if first < last:
+            wanted.append((segment, first, last))
+    return wanted
 
 
-def _check_sizes(store: LocalStore, segments: Sequence[Segment]) -> None:
-    """A damaged store must show as an error, not as a download that stops half-way."""
-    for segment in segments:
-        if isinstance(segment, Stored) and store.size(segment.key) != segment.size:
-            raise OSError(f"{segment.key} has not the {segment.size} bytes its manifest says")
+def _open_all(store: LocalStore, wanted: Sequence[tuple[Segment, int, int]]) -> list[bytes | _Opened]:
+    """Every file at once, before the first byte goes out: what is open outlives the deletion of its merge.
+
+    A damaged store must show as an error, not as a download that stops half-way. Raises OSError.
+    """
+    parts: list[bytes | _Opened] = []
+    try:
+        for segment, first, last in wanted:
+            if isinstance(segment, bytes):
+                parts.append(segment[first:last])
+                continue
+            file = store.open(segment.key, first)
+            parts.append(_Opened(segment.key, file, last - first))
+            if os.fstat(file.fileno()).st_size != segment.size:
+                raise OSError(f"{segment.key} has not the {segment.size} bytes its manifest says")
+    except OSError:
+        _close_all(parts)
+        raise
+    return parts
+
+
+def _close_all(parts: Sequence[bytes | _Opened]) -> None:
+    for part in parts:
+        if isinstance(part, _Opened):
+            part.file.close()
 
 
 def _length(segment: Segment) -> int:

@@ -47,6 +47,7 @@ class ArtifactStore(Protocol):
     def folders(self) -> Iterator[str]: ...
     def delete(self, key: str) -> None: ...
     def delete_prefix(self, prefix: str, *, keep: Collection[str] = ()) -> None: ...
+    def empty_trash(self) -> None: ...
     def free(self) -> int | None: ...
     def scratch(self, prefix: str) -> Path: ...
 
@@ -110,7 +111,7 @@ class LocalStore:
     def delete_prefix(self, prefix: str, *, keep: Collection[str] = ()) -> None:
         """Delete the folder ``prefix`` and all below it, but for the keys in ``keep``.
 
-        Without ``keep`` the folder vanishes by one rename, and a crash leaves the rest to the next deletion.
+        Without ``keep`` the folder vanishes by one rename, and a crash leaves the rest to ``empty_trash``.
         """
         if any(key.startswith(prefix.rstrip("/") + "/") for key in keep):
             self._thin_out(prefix, set(keep))
@@ -122,7 +123,12 @@ class LocalStore:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 raise
-        for leftover in trash.iterdir():  # ours, and what a crash left behind
+        self.empty_trash()
+
+    def empty_trash(self) -> None:
+        """Delete what was being deleted, also by a process that died over it."""
+        trash = self.folder / _TRASH
+        for leftover in trash.iterdir() if trash.is_dir() else ():
             shutil.rmtree(leftover, ignore_errors=True)
 
     def scratch(self, prefix: str) -> Path:

@@ -100,7 +100,11 @@ def plan_digest(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def immutable(reference: str) -> bool:
+    """Whether what it names never changes, as uploads and merges do not."""
+    return reference.startswith(("upload:", "merge:")) and "+" not in reference
+
+
 def _moment(source: PlannedSource, file: SourceFile) -> int:
-    """What tells a file from a later one of equal header and size. Uploads and merges never change."""
-    immutable = source.reference.startswith(("upload:", "merge:")) and "+" not in source.reference
-    return 0 if immutable else file.mtime_ns
+    """What tells a file from a later one of equal header and size."""
+    return 0 if immutable(source.reference) else file.mtime_ns

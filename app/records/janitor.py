@@ -80,6 +80,7 @@ class Janitor:
         try:
             self._ring(report)
         finally:
+            self._expire()
             self._sweep()
             self._tally.count()
             self._recount()
@@ -114,6 +115,10 @@ class Janitor:
         if self._quotas.recount():
             log.error("what merges reserve was not the sum of their rows; it is now")
 
+    def _expire(self) -> None:
+        for job in self._upkeep.expire():
+            log.info("expired", extra={"merge": job.id})
+
     def _sweep(self) -> None:
         if self._uploads is not None:
             self._uploads.sweep()
@@ -121,18 +126,17 @@ class Janitor:
             return
         self._sweep_finished(self._store)
         self._sweep_strays(self._store)
+        self._store.empty_trash()
 
     def _sweep_finished(self, store: ArtifactStore) -> None:
         found = self._upkeep.unswept(after=self._swept_up_to)
-        for job, deleted in found:
+        for job in found:
             try:
-                sweep(job, store, deleted=deleted)
+                sweep(job.id, store, self._upkeep)
             except OSError as error:  # a folder that cannot be deleted is nobody else's concern
                 log.warning("leftovers stay, a later round tries again: %s", error, extra={"merge": job.id})
-            else:
-                self._upkeep.set_swept(job.id)
         # What stays is passed by, so that a whole batch of it does not hide the jobs behind it either.
-        self._swept_up_to = found[-1][0] if len(found) >= BATCH else None
+        self._swept_up_to = found[-1] if len(found) >= BATCH else None
 
     def _sweep_strays(self, store: ArtifactStore) -> None:
         """Go over the whole store, a few folders a round: after its job was swept, an attempt that had lost it may have
@@ -148,9 +152,11 @@ class Janitor:
                 log.warning("strays stay, a later lap tries again: %s", error, extra={"merge": job_id})
 
 
-def sweep(job: Job, store: ArtifactStore, *, deleted: bool = False) -> None:
-    """Delete the job's files but for those its artifact names; all of them where it was ``deleted``."""
-    store.delete_prefix(job.id, keep=frozenset() if deleted else job.artifact_keys)
+def sweep(job_id: str, store: ArtifactStore, upkeep: Upkeep) -> None:
+    """Delete the files of a job that has finished, but for those of an artifact that somebody refers to."""
+    claims = upkeep.claims(job_id)
+    store.delete_prefix(job_id, keep=frozenset() if claims is None else claims.keys)
+    upkeep.set_swept(job_id)
 
 
 def sweep_strays(job_id: str, store: ArtifactStore, upkeep: Upkeep) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -53,10 +53,18 @@ class Listed:
     artifact: (
         Mapping[str, Any] | None
     )  # {"manifest_sha256","manifest_key","size","files":[{"name","key","size","sha256"}]}
+    artifact_id: str | None  # the job that made the artifact: this one, or the one whose result is reused
+    pinned: bool  # it does not expire
+    expires_at: datetime | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     updated_at: datetime
+
+    @property
+    def reused(self) -> bool:
+        """Whether another job made the artifact."""
+        return self.artifact_id not in (None, self.id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +83,7 @@ class Job(Listed):
     failures: tuple[Mapping[str, Any], ...]  # {"attempt","at","code","message"}, one for each attempt that failed
     retry_at: datetime | None  # queued, after a failure or without room: the next attempt begins no sooner
     waits_for: str | None  # queued: "disk", while a worker found too little of it
-    pinned: bool
     expires_in: int | None  # seconds after publication
-    expires_at: datetime | None
     webhook: Mapping[str, Any] | None  # {"url","events"}: who is told when it ends
 
     @property
@@ -119,7 +125,8 @@ class Event:
 class NewJob:
     """What a submission brings; the database gives the rest. ``expires_in``: seconds after publication.
 
-    ``total_bytes`` are what the merge will write, and what it reserves of the store.
+    ``total_bytes`` are what the merge will write, and what it reserves of the store. ``merges``: the ids of those that
+    it reads. ``reuse_key``: an artifact of the same one is the result that it would have.
     """
 
     recipe: Mapping[str, Any]
@@ -138,6 +145,8 @@ class NewJob:
     expires_in: int | None = None
     webhook: Mapping[str, Any] | None = None
     kind: str = "merge"
+    merges: Collection[str] = ()
+    reuse_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

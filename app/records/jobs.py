@@ -17,12 +17,12 @@ from sqlalchemy.exc import IntegrityError
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
-from app.records import aliases, audit, quotas, rows, transitions
+from app.records import artifacts, audit, quotas, removal, rows, transitions
 from app.records.database import Database, clock
 from app.records.job import Beat, Event, Idempotency, Job, NewJob, NoRoom, Page, Shard, Stage, Status
 from app.records.key import Caller
 from app.records.quotas import NO_LIMITS, Free, Limits
-from app.records.tables import events, idempotency, jobs, shards
+from app.records.tables import events, jobs, shards
 from app.records.transitions import Change
 
 Rule = Callable[[Job, datetime], Change]
@@ -48,20 +48,29 @@ class Jobs:
         new: NewJob,
         *,
         idempotency: Idempotency | None = None,
+        reuse: str | None = None,
         by: Caller | None = None,
         limits: Limits = NO_LIMITS,
     ) -> tuple[Job, bool]:
         """Insert a queued job. (the earlier job, False) where the same key came with the same request before.
 
-        ``by`` is for the audit; whose the job is stands in ``new``. Raises ``idempotency_mismatch`` where the key came
-        with another request, and ``too_many_jobs``, ``over_quota`` or ``storage_full`` where ``limits`` leave no room.
+        ``reuse``: the artifact (``Job.artifact_id``) that is the job's result, which makes it ``succeeded`` at once
+        unless the artifact went a moment ago; it takes no room. ``by`` is for the audit; whose the job is stands in
+        ``new``. Raises ``idempotency_mismatch`` where the key came with another request, ``source_not_found`` where a
+        merge that the job reads was deleted, and ``too_many_jobs``, ``over_quota`` or ``storage_full`` where ``limits``
+        leave no room.
         """
         try:
             with self.database.write() as connection:
                 if idempotency is not None and (earlier := rows.earlier(connection, idempotency)) is not None:
                     return earlier, False
-                quotas.admit(connection, new, limits)
+                artifacts.lock_read(connection, new.merges)
+                maker = artifacts.hold(connection, reuse, new.owner) if reuse else None
+                if maker is None:
+                    quotas.admit(connection, new, limits)
                 job = rows.insert_job(connection, new, idempotency)
+                if maker is not None:
+                    job = rows.apply(connection, job, transitions.reuse(job, clock(connection), made_by=maker))
                 _record(connection, by, "submitted", job.id)
                 return job, True
         except IntegrityError:
@@ -77,6 +86,13 @@ class Jobs:
         """
         with self.database.read() as connection:
             return rows.earlier(connection, idempotency)
+
+    def reusable(self, new: NewJob) -> Job | None:
+        """The job whose artifact may be the new one's result; deleted or not, it made the artifact."""
+        if new.reuse_key is None:
+            return None
+        with self.database.read() as connection:
+            return artifacts.reusable(connection, new.owner, new.reuse_key)
 
     def get(self, job_id: str, *, by: Caller | None = None) -> Job:
         """The job as it is now."""
@@ -144,18 +160,14 @@ class Jobs:
             return written
 
     def delete(self, job_id: str, *, by: Caller | None = None) -> Job:
-        """Hide a finished job, else ``conflict``; ``merge_in_use`` while an alias points to it.
+        """Hide a finished job, else ``conflict``; ``merge_in_use`` while an alias or an unfinished job needs it.
 
-        Its files are the caller's or the janitor's to delete.
+        The job as it was. Its files are the caller's or the janitor's to delete, unless other jobs share them.
         """
         with self.database.write() as connection:
             job = rows.get(connection, job_id, by=by, lock=True)
-            aliases.check_unaliased(connection, job_id)
-            _record(connection, by, "deleted", job_id)
-            written = rows.apply(connection, job, transitions.delete(job, clock(connection)))
-            # The key may be used again: it must not lead to a job nobody can see.
-            connection.execute(delete(idempotency).where(idempotency.c.job_id == job_id))
-            return written
+            removal.remove(connection, job, transitions.delete(job, clock(connection)), "deleted", by=by)
+            return job
 
     # ── a worker's ───────────────────────────────────────────────────────────────────────────────
 
@@ -261,9 +273,17 @@ class Jobs:
                 )
             )
 
-    def publish(self, job_id: str, token: str, artifact: Mapping[str, Any]) -> Job:
-        """Make ``artifact`` (as ``Job.artifact``) the result. CancelRequested once a cancel was accepted."""
-        return self._held(job_id, token, lambda job, now: transitions.publish(job, now, artifact=artifact))
+    def publish(self, job_id: str, token: str, artifact: Mapping[str, Any], *, reuse_key: str | None = None) -> Job:
+        """Make ``artifact`` (as ``Job.artifact``) the result, and that of later jobs with the same ``reuse_key``.
+
+        CancelRequested once a cancel was accepted.
+        """
+        with self.database.write() as connection:
+            job = rows.get_held(connection, job_id, token)
+            now = clock(connection)
+            published = rows.apply(connection, job, transitions.publish(job, now, artifact=artifact))
+            artifacts.add(connection, published, now, reuse_key)
+            return published
 
     def fail(self, job_id: str, token: str, error: MergeyardError, *, retry: bool) -> Job:
         """The attempt failed: queued again where ``retry`` and attempts remain, else failed."""

@@ -11,17 +11,11 @@ from app.records.key import Caller
 from app.sources.resolver import MergedFiles
 
 
-def artifact_files(job: Job, store: LocalStore) -> dict[str, StoredFile]:
+def artifact_files(job: Job) -> dict[str, StoredFile]:
     """Every file of a published artifact by the name users see, the manifest first."""
     assert job.artifact is not None
-    manifest = StoredFile(
-        name=MANIFEST_NAME,
-        key=job.artifact["manifest_key"],
-        size=store.size(job.artifact["manifest_key"]),
-        sha256=job.artifact["manifest_sha256"],
-    )
-    listed = [StoredFile(**file) for file in job.artifact["files"] if file["name"] != MANIFEST_NAME]
-    return {file.name: file for file in (manifest, *listed)}
+    listed = [StoredFile(**file) for file in job.artifact["files"]]
+    return {file.name: file for file in sorted(listed, key=lambda file: file.name != MANIFEST_NAME)}
 
 
 def merged_files(jobs: Jobs, store: LocalStore, owner: str, job_id: str) -> MergedFiles:
@@ -35,5 +29,5 @@ def merged_files(jobs: Jobs, store: LocalStore, owner: str, job_id: str) -> Merg
     if job.artifact is None:
         message = f"merge:{job_id} is {job.status}: only a succeeded merge can be a source."
         raise MergeyardError("source_not_found", message)
-    files = artifact_files(job, store)
+    files = artifact_files(job)
     return MergedFiles(files={name: store.path(file.key) for name, file in files.items()})

@@ -193,9 +193,9 @@ def asked(free: Free) -> int | None:
 
 
 def taken_by(job: Job) -> Taken:
-    """What a job takes as it is; a deleted one takes NOTHING."""
+    """What a job takes as it is. A finished one takes NOTHING: its artifact may be others' too, and is taken once."""
     if job.status.finished:
-        return Taken(artifacts=job.artifact_bytes)
+        return NOTHING
     return Taken(reserved=job.reserved_bytes, unfinished=1)
 
 

@@ -16,7 +16,7 @@ from app.records.database import clock
 from app.records.job import Idempotency, Job, LeaseLost, Listed, NewJob, Ring, Stage, Status
 from app.records.key import ALPHABET, Caller, random_text
 from app.records.outbox import enqueue
-from app.records.tables import events, idempotency, jobs
+from app.records.tables import events, idempotency, jobs, merge_sources
 from app.records.transitions import LONGEST_PAUSE, Change, Happening
 
 HELD = (Status.RUNNING, Status.CANCELLING)
@@ -79,8 +79,7 @@ def apply(connection: Connection, job: Job, change: Change) -> Job:
         raise LeaseLost(job.id)
     append(connection, job.id, now, *change.events)
     written = read_job(row)
-    taken = quotas.taken_by(written) if row.deleted_at is None else quotas.NOTHING
-    quotas.account(connection, job.owner, taken - quotas.taken_by(job))
+    quotas.account(connection, job.owner, quotas.taken_by(written) - quotas.taken_by(job))
     enqueue(connection, written, now, [kind for kind, _ in change.events])
     return written
 
@@ -135,6 +134,9 @@ def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> 
         connection.execute(
             insert(idempotency).values(owner=key.owner, key=key.key, request_hash=key.request_hash, job_id=job_id)
         )
+    if new.merges:
+        read = [{"job_id": job_id, "merge": merge} for merge in new.merges]
+        connection.execute(insert(merge_sources), read)
     return job
 
 

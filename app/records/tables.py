@@ -111,6 +111,7 @@ jobs = Table(
     Column("waits_for", String(16)),  # of a queued job: what a worker found missing
     Column("error", _absent_json()),
     Column("artifact", _absent_json()),
+    Column("artifact_id", String(96)),  # in ``artifacts``; of a deleted job none
     Column("pinned", Boolean, nullable=False),
     Column("expires_in", Integer),  # seconds after publication
     Column("expires_at", UtcTime),
@@ -137,6 +138,28 @@ jobs = Table(
     Index("ix_jobs_deleted", "deleted_at", **_only("deleted_at IS NOT NULL")),
     Index("ix_jobs_reserved", "owner", "reserved_bytes", **_only("finished_at IS NULL")),
     Index("ix_jobs_waits_for", "waits_for", **_only("waits_for IS NOT NULL")),
+    Index(None, "artifact_id"),
+    Index("ix_jobs_expires_at", "expires_at", **_only("expires_at IS NOT NULL")),
+)
+
+# What is published, by the job that made it: its row stays, hidden, as long as this one. The jobs whose
+# ``artifact_id`` it is share it; with the last of them it goes, and its files after it.
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("id", String(96), ForeignKey("jobs.id"), primary_key=True),
+    Column("owner", String(96), nullable=False),
+    Column("reuse_key", String(64)),  # see planning/reuse.py; without one it stands for no other merge
+    Column("published_at", UtcTime, nullable=False),
+    Index(None, "owner", "reuse_key", "published_at"),
+)
+
+# The merges that a job reads, as ``merge:ID``. They may be deleted once it has finished; the rows here stay.
+merge_sources = Table(
+    "merge_sources",
+    metadata,
+    _job(primary_key=True),
+    Column("merge", String(96), primary_key=True, index=True),
 )
 # The same words as in the index, and no parameter: a planner that knows only ``status = ?`` cannot use it.
 IS_QUEUED = jobs.c.status == literal(str(Status.QUEUED), literal_execute=True)

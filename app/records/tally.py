@@ -60,7 +60,8 @@ class Durations:
 class Totals:
     """``counts`` by name and label; a name without labels has one that is empty. ``stages``: durations by stage.
 
-    ``submitted``, ``claimed``, ``handed_back``: how often. ``finished`` by status, ``failed`` and ``retried`` by the
+    ``submitted``, ``claimed``, ``handed_back``, ``expired``: how often. ``finished`` by status (``reused`` is none of
+    ``succeeded``), ``failed`` and ``retried`` by the
     error's code, ``lost`` by reason. ``written_bytes``: of weight files of any attempt. ``published_bytes``: of
     everything published.
     """
@@ -167,8 +168,12 @@ def uncounted() -> Select[int]:
 def increments(event: Happened, began: Happened | None) -> Iterator[tuple[Key, int]]:
     """What an event adds to the totals. ``began``: the job's event before it that began a stage, if this ends one."""
     match event.type:
-        case "submitted" | "claimed" | "handed_back":
+        case "submitted" | "claimed" | "handed_back" | "expired":
             yield (event.type, "", ""), 1
+        case "reused":
+            yield ("finished", event.type, ""), 1
+        case "succeeded" if event.data.get("reused"):
+            return  # it took nothing, and nothing more is kept
         case "succeeded":
             yield ("finished", event.type, ""), 1
             yield ("published_bytes", "", ""), event.data.get("size") or 0

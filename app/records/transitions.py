@@ -4,7 +4,8 @@
       ▲ ▲               │ │ └──fail──▶ failed          (``retry`` and attempts left: back to queued)
       │ └──hand_back────┘ ├──lose──▶ queued | failed   (the lease ran out)
       │                   └──request_cancel──▶ cancelling ──confirm_cancelled──▶ cancelled
-      └──request_cancel──▶ cancelled
+      ├──request_cancel──▶ cancelled
+      └──reuse──▶ succeeded                            (a job as it is submitted; nobody ever claims it)
 
 In ``cancelling``, publish is refused, and fail, lose and hand_back end in ``cancelled``.
 
@@ -72,6 +73,18 @@ def finish_file(job: Job, file: StoredFile) -> Change:  # noqa: ARG001 — every
     return Change(events=(("shard", {"name": file.name, "size": file.size, "sha256": file.sha256}),))
 
 
+def reuse(job: Job, now: datetime, *, made_by: Job) -> Change:
+    """queued → succeeded with the artifact of ``made_by``, in the transaction that submits the job."""
+    artifact = made_by.artifact
+    assert artifact is not None
+    change = publish(job, now, artifact=artifact)
+    ((ending, summary),) = change.events
+    return Change(
+        values={**change.values, "artifact_id": made_by.id},
+        events=(("reused", {"artifact": made_by.id}), (ending, {**summary, "reused": True})),
+    )
+
+
 def publish(job: Job, now: datetime, *, artifact: Mapping[str, Any]) -> Change:
     """running → succeeded: this write *is* the publication. cancelling: raises CancelRequested."""
     if job.status is Status.CANCELLING:
@@ -82,6 +95,7 @@ def publish(job: Job, now: datetime, *, artifact: Mapping[str, Any]) -> Change:
         values={
             **_let_go(Status.SUCCEEDED),
             "artifact": dict(artifact),
+            "artifact_id": job.id,
             "progress_bytes": job.total_bytes,
             "progress_at": now,
             "finished_at": now,
@@ -162,10 +176,17 @@ def request_cancel(job: Job, now: datetime) -> Change:
 
 
 def delete(job: Job, now: datetime) -> Change:
-    """Hide a finished job. Its files go next, its row last."""
+    """Hide a finished job. Its files go next, unless other jobs have the same artifact, and its row last."""
     if not job.status.finished:
         raise MergeyardError("conflict", f"The merge is {job.status}; cancel it first, then delete it.")
-    return Change(values={"deleted_at": now, "swept": False})
+    return Change(values={"deleted_at": now, "swept": False, "artifact_id": None})
+
+
+def expire(job: Job, now: datetime) -> Change:
+    """Delete a succeeded job whose time is over. ``conflict`` where it is not, or where the job is pinned."""
+    if job.pinned or job.expires_at is None or job.expires_at > now:
+        raise MergeyardError("conflict", "The merge has not expired.")
+    return Change(values=delete(job, now).values, events=(("expired", {}),))
 
 
 def lose(job: Job, now: datetime, *, reason: str, pause: float) -> Change:

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, delete, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Row, and_, delete, exists, func, or_, select, tuple_, update
 
-from app.records import rows, transitions
+from app.errors import MergeyardError
+from app.records import removal, rows, transitions
 from app.records.database import Database, clock
 from app.records.job import JanitorReport, Job, Ring, Status
-from app.records.tables import IS_HELD, IS_QUEUED, jobs, shards
+from app.records.key import Caller
+from app.records.tables import IS_HELD, IS_QUEUED, aliases, artifacts, jobs, merge_sources, shards
 
+JANITOR = Caller(owner="service:janitor")  # in the audit
 BATCH = 200  # rows of each kind in one round; the next round goes on
 # A deleted job's hidden row stays this long: by it the files of an attempt that wakes up late are known as strays.
 TOMBSTONE_SECONDS = 86_400.0
@@ -63,28 +66,38 @@ class Upkeep:
             cancelled=tuple(ended[Status.CANCELLED]),
         )
 
+    def expire(self) -> list[Job]:
+        """Delete the merges whose time is over, at most ``BATCH``, but for what an alias or an unfinished job needs.
+
+        The jobs as they were. One that is needed goes when it no longer is.
+        """
+        with self.database.read() as connection:
+            over = _over(clock(connection))
+            found = connection.scalars(select(jobs.c.id).where(over).order_by(jobs.c.expires_at).limit(BATCH)).all()
+        return [job for job_id in found if (job := self._expire(job_id)) is not None]
+
     def waiting(self, queue: str) -> int:
         """How many jobs wait in ``queue`` for nothing but a worker."""
         waiting = select(func.count()).where(IS_QUEUED, jobs.c.queue == queue)
         with self.database.read() as connection:
             return connection.execute(waiting.where(rows.may_start(clock(connection)))).scalar_one()
 
-    def unswept(self, *, after: Job | None = None) -> list[tuple[Job, bool]]:
-        """Finished jobs whose leftover files are still to be swept from the store, and whether each was deleted.
+    def unswept(self, *, after: Job | None = None) -> list[Job]:
+        """Finished jobs whose leftover files are still to be swept from the store.
 
         A deleted one comes twice: at once, and for the last time when its row has stayed for TOMBSTONE_SECONDS. The
         oldest first, at most ``BATCH``, from the one that follows ``after``.
         """
         order = (jobs.c.created_at, jobs.c.id)
         with self.database.read() as connection:
-            found: dict[str, tuple[Job, bool]] = {}
+            found: dict[str, Job] = {}
             # One after the other: each has an index of few rows, which an OR of both would leave unused.
             for wanted in (and_(jobs.c.finished_at.is_not(None), ~jobs.c.swept), _forgotten(clock(connection))):
                 following = [] if after is None else [tuple_(*order) > tuple_(after.created_at, after.id)]
                 statement = select(jobs).where(wanted, *following).order_by(*order).limit(BATCH)
                 for row in connection.execute(statement):
-                    found[row.id] = (rows.read_job(row), row.deleted_at is not None)
-        return sorted(found.values(), key=lambda one: (one[0].created_at, one[0].id))[:BATCH]
+                    found[row.id] = rows.read_job(row)
+        return sorted(found.values(), key=lambda one: (one.created_at, one.id))[:BATCH]
 
     def set_swept(self, job_id: str) -> None:
         """The store holds nothing of the job but what is published. A row deleted long enough ago goes now."""
@@ -96,14 +109,14 @@ class Upkeep:
         """What the job may have in the store; None for an id that these records do not know."""
         recorded = select(shards.c.key).where(shards.c.job_id == job_id)
         with self.database.read() as connection:
-            row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+            row = connection.execute(select(jobs, _gone.label("gone")).where(jobs.c.id == job_id)).one_or_none()
             if row is None:
                 return None
             job = rows.read_job(row)
             if not job.status.finished:
                 keys = frozenset(connection.scalars(recorded))
             else:
-                keys = frozenset() if row.deleted_at is not None else job.artifact_keys
+                keys = frozenset() if row.gone else job.artifact_keys
         return Claims(keys=keys, writing=job.lease_token, finished=job.status.finished)
 
     def _suspects(self, stalled_after: float) -> Sequence[str]:
@@ -122,6 +135,23 @@ class Upkeep:
             expired = job.lease_expires_at is not None and job.lease_expires_at < now
             reason = "lease_expired" if expired else "stalled"
             return rows.apply(connection, job, transitions.lose(job, now, reason=reason, pause=self._retry_seconds))
+
+    def _expire(self, job_id: str) -> Job | None:
+        with self.database.write() as connection:
+            now = clock(connection)
+            still = select(jobs).where(jobs.c.id == job_id, _over(now)).with_for_update(skip_locked=True)
+            row = connection.execute(still).one_or_none()
+            if row is None:
+                return None
+            job = rows.read_job(row)
+            try:
+                change, data = transitions.expire(job, now), {"owner": job.owner}
+                removal.remove(connection, job, change, "expired", by=JANITOR, data=data)
+            except MergeyardError as error:
+                if error.code != "merge_in_use":  # since a moment ago
+                    raise
+                return None
+            return job
 
     def _stale(self, ring_after: float) -> list[Ring]:
         with self.database.read() as connection:  # most rounds find nothing, and hold SQLite's lock for nothing
@@ -148,8 +178,25 @@ class Upkeep:
             return connection.execute(pressed).all()
 
 
+# Of a deleted job, that nobody has its artifact: nothing of it is kept, and nothing will be again.
+_gone = and_(jobs.c.deleted_at.is_not(None), ~exists().where(artifacts.c.id == jobs.c.id))
+
+
 def _forgotten(now: datetime) -> ColumnElement[bool]:
-    return jobs.c.deleted_at < now - timedelta(seconds=TOMBSTONE_SECONDS)
+    return and_(jobs.c.deleted_at < now - timedelta(seconds=TOMBSTONE_SECONDS), _gone)
+
+
+def _over(now: datetime) -> ColumnElement[bool]:
+    """That a job has expired and nobody needs it."""
+    reader = jobs.alias()
+    reading = select(reader.c.id).join(merge_sources, merge_sources.c.job_id == reader.c.id)
+    return and_(
+        jobs.c.expires_at <= now,
+        jobs.c.pinned.is_(False),
+        jobs.c.deleted_at.is_(None),
+        ~exists().where(aliases.c.merge == jobs.c.id),
+        ~reading.where(merge_sources.c.merge == jobs.c.id, reader.c.finished_at.is_(None)).exists(),
+    )
 
 
 def _stale(now: datetime, ring_after: float) -> ColumnElement[bool]:

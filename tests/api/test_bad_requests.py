@@ -117,7 +117,7 @@ class TestTheEnvelope:
                 "webhook.event",
             ),
             ({"recipe": RECIPE, "webhook": 5}, "request_invalid", "webhook"),
-            ({"recipe": RECIPE, "expires_in": 60}, "not_supported", "expires_in"),
+            ({"recipe": RECIPE, "expires_in": 0}, "request_invalid", "expires_in"),
             ({"recipe": RECIPE, "queue": "UPPER"}, "request_invalid", "queue"),
             ({"recipe": RECIPE, "priority": "5"}, "request_invalid", "priority"),
             ({"recipe": RECIPE, "priority": 10**30}, "request_invalid", "priority"),

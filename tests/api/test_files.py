@@ -9,6 +9,7 @@ import io
 import json
 import tarfile
 import time
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,6 +18,7 @@ import pytest
 
 from app.api.archive import tar_segments
 from app.artifacts.manifest import MANIFEST_NAME, StoredFile
+from app.artifacts.store import LocalStore
 from app.records.job import Job
 from tests.api.serving import ServedApi, problem
 
@@ -200,10 +202,43 @@ def test_a_download_goes_on_while_its_merge_is_deleted(api: ServedApi) -> None:
     assert received == 3 * len(WEIGHTS)
 
 
+@pytest.mark.parametrize("start", [0, 1_000_000])
+def test_the_tar_goes_on_while_its_merge_is_deleted_though_most_of_its_files_were_not_begun(
+    api: ServedApi, start: int
+) -> None:
+    contents = {f"model-{number}.safetensors": WEIGHTS for number in range(4)}
+    job = api.published(contents)
+    path, headers = f"/merges/{job.id}/archive.tar", {"range": f"bytes={start}-"}
+    whole = api.http.get(path).content
+    with api.http.stream("GET", path, headers=headers) as response:
+        pieces = response.iter_bytes(100_000)
+        received = next(pieces)
+        assert httpx.delete(f"{api.url}/merges/{job.id}").status_code == 204
+        assert list(api.store.keys(job.id)) == [], "the files are gone, and go on being read"
+        received += b"".join(pieces)
+    assert received == whole[start:]
+
+
+@pytest.mark.parametrize("path", ["files/model.safetensors", "archive.tar"])
+def test_a_merge_that_is_deleted_between_the_look_and_the_opening_is_not_found(
+    api: ServedApi, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = api.published({"model.safetensors": b"x" * 100})
+    looked_up = LocalStore.open
+
+    def delete_first(store: LocalStore, key: str, offset: int = 0) -> BinaryIO:
+        if api.store.path(key).exists():
+            assert httpx.delete(f"{api.url}/merges/{job.id}").status_code == 204
+        return looked_up(store, key, offset)
+
+    monkeypatch.setattr(LocalStore, "open", delete_first)
+    problem(api.http.get(f"/merges/{job.id}/{path}"), 404, "not_found")
+
+
 def test_a_reader_that_goes_away_leaves_no_file_open(api: ServedApi) -> None:
     job = api.published({"model.safetensors": WEIGHTS * 5})
-    for _ in range(5):
-        with api.http.stream("GET", f"/merges/{job.id}/files/model.safetensors") as response:
+    for path in ["files/model.safetensors", "archive.tar"] * 3:
+        with api.http.stream("GET", f"/merges/{job.id}/{path}") as response:
             next(response.iter_bytes(1000))
 
     def still_open() -> list[str]:

@@ -134,7 +134,7 @@ class TestAService:
             assert (tmp_path / "served" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
     def test_answers_every_command(self, up: Up, recipe: Path, tmp_path: Path) -> None:
-        submitted = mergeyard("submit", recipe, "--label", "team=search", "--wait", MERGEYARD_URL=up.url)
+        submitted = mergeyard("submit", recipe, "--label", "team=search", "--force", "--wait", MERGEYARD_URL=up.url)
         assert submitted.code == 0 and "succeeded" in submitted.out
         listed = mergeyard("list", "--status", "succeeded", "--json", MERGEYARD_URL=up.url).json["items"]
         merge_id = listed[0]["id"]
@@ -148,6 +148,10 @@ class TestAService:
         assert (cancelled.code, cancelled.json["error"]["code"]) == (2, "conflict")
         downloaded = mergeyard("download", merge_id, tmp_path / "again", MERGEYARD_URL=up.url)
         assert downloaded.code == 0 and "all verified" in downloaded.out
+        again = mergeyard("submit", recipe, "--expires-in", "3600", MERGEYARD_URL=up.url)
+        assert again.code == 0 and "result is reused" in again.err and again.out.strip().startswith("mrg-")
+        shown = mergeyard("status", again.out.strip(), MERGEYARD_URL=up.url).out
+        assert ", reused" in shown and "expires" in shown
 
     def test_uploads_serve_as_sources(self, up: Up, tiny_models: Path) -> None:
         with Client(up.url) as client:
@@ -198,7 +202,7 @@ class TestAService:
         victim = up.part(part)
         victim.kill()
         with Client(up.url, retries=8) as client:
-            merge = client.submit(tiny.recipe())
+            merge = client.submit(tiny.recipe(), force=True)
             assert client.wait(merge["id"], timeout=60)["status"] == "succeeded"
         assert up.part(part).pid != victim.pid
 
@@ -278,7 +282,7 @@ def test_a_worker_that_went_deaf_ends_and_is_started_again(tmp_path: Path, tiny_
                 assert client.wait(client.submit(tiny.recipe())["id"], timeout=90)["status"] == "succeeded"
                 deaf = up.part("worker")
                 between.break_all("swallow")
-                merge = client.wait(client.submit(tiny.recipe())["id"], timeout=90)
+                merge = client.wait(client.submit(tiny.recipe(), force=True)["id"], timeout=90)
             assert (merge["status"], merge["attempt"]) == ("succeeded", 1)
             assert up.part("worker").pid != deaf.pid
             assert "heard nothing" in (up.data / "logs" / "worker.log").read_text()

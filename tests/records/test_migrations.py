@@ -20,6 +20,7 @@ from app.records.job import Idempotency
 from app.records.jobs import Jobs
 from app.records.key import Caller
 from app.records.tables import UtcTime, metadata
+from app.records.upkeep import Upkeep
 from tests import servers
 from tests.records.submitting import ARTIFACT, new_job
 
@@ -73,6 +74,7 @@ def fill(database: Database) -> None:
         if end == "succeeded":
             jobs.publish(job.id, running.lease_token, ARTIFACT)
             Aliases(database).point("production", job.id, by=Caller(owner=job.owner))
+            jobs.submit(new_job(merges=[job.id]))
         if end == "failed":
             jobs.fail(job.id, running.lease_token, MergeyardError("internal", "x"), retry=True)
     with database.write() as connection:
@@ -129,6 +131,10 @@ def test_down_and_up_again_keeps_every_row_and_column_that_both_know(database: D
     jobs = Jobs(database)
     queued = next(job for job in jobs.list().jobs if job.status == "queued")
     assert jobs.claim(queued.id, lease_seconds=60) is not None, "and the service goes on with them"
+    (succeeded,) = jobs.list(status="succeeded").jobs
+    assert succeeded.artifact_id == succeeded.id and Upkeep(database).claims(succeeded.id).keys  # type: ignore[union-attr]
+    (made,) = rows(database, metadata)["artifacts"]
+    assert succeeded.id in made, "what is published has one reference"
 
 
 def test_all_the_way_down_leaves_nothing_and_up_again_makes_it_anew(database: Database) -> None:

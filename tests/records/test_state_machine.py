@@ -28,7 +28,7 @@ from app.errors import MergeyardError
 from app.records.job import CancelRequested, Job, LeaseLost, NoRoom, Status
 from app.records.jobs import Jobs
 from app.records.quotas import Quotas
-from app.records.tables import UtcTime
+from app.records.tables import UtcTime, artifacts
 from app.records.tables import jobs as table
 from app.records.upkeep import Upkeep
 from tests.records.submitting import ARTIFACT, new_job
@@ -37,21 +37,29 @@ ENDINGS = {"succeeded", "failed", "cancelled"}
 WORKERS = 3
 LEASE_SECONDS, PAUSE_SECONDS = 60.0, 45.0
 JUMPS = (-3600, -31, 31, 3600)  # seconds: some within a lease, some beyond it
+KEY = "e" * 64  # of whatever is published here: any result may be another's
+OWNERS = itertools.count()
 TIMES = [column.name for column in table.columns if isinstance(column.type, UtcTime)]
 DATED = [field.name for field in fields(Job) if field.name in TIMES]
 
 
 class Service(RuleBasedStateMachine):
-    """One or two jobs of two attempts. A worker goes on writing under every token that it ever got."""
+    """One or two jobs of two attempts, and others that reuse or read their results until somebody deletes them.
+
+    A worker goes on writing under every token that it ever got.
+    """
 
     def __init__(self, jobs: Jobs) -> None:
         super().__init__()
         self.jobs = Jobs(jobs.database, retry_seconds=PAUSE_SECONDS)
         self.upkeep = Upkeep(jobs.database, retry_seconds=PAUSE_SECONDS)
+        self.owner = f"owner-{next(OWNERS)}"  # of this run alone: the database has others' artifacts
         self.messages: list[str] = []
         self.ids: list[str] = []
         self.held: list[list[tuple[str, str]]] = [[] for _ in range(WORKERS)]  # of each worker: (job, token)
         self.seen: dict[str, Job] = {}
+        self.makers: set[str] = set()  # jobs that published something of their own, deleted or not
+        self.reads: dict[str, str] = {}  # a job, and the one whose result it reads
         self.set_back = 0  # seconds that the clock is behind
 
     # ── the API ──────────────────────────────────────────────────────────────────────────────────
@@ -61,17 +69,64 @@ class Service(RuleBasedStateMachine):
         self.submit(True)
 
     @precondition(lambda self: len(self.ids) < 2)
-    @rule(rings=st.booleans())
-    def submit(self, rings: bool) -> None:
-        job, _ = self.jobs.submit(new_job(max_attempts=2))
+    @rule(rings=st.booleans(), expires_in=st.sampled_from([None, 40]), pinned=st.booleans())
+    def submit(self, rings: bool, expires_in: int | None = None, pinned: bool = False) -> None:
+        job, _ = self.jobs.submit(new_job(owner=self.owner, max_attempts=2, expires_in=expires_in, pinned=pinned))
+        self.take(job, rings)
+
+    @precondition(lambda self: len(self.ids) < 4)
+    @rule(expires_in=st.sampled_from([None, 40]))
+    def submit_again(self, expires_in: int | None) -> None:
+        new = new_job(owner=self.owner, max_attempts=2, reuse_key=KEY, expires_in=expires_in)
+        maker = self.jobs.reusable(new)
+        assert (maker is not None) == any(job.artifact is not None for job in self.seen.values())
+        job, _ = self.jobs.submit(new, reuse=maker.id if maker else None)
+        assert job.reused == (maker is not None) == (job.status is Status.SUCCEEDED)
+        self.take(job, rings=not job.reused)
+
+    @precondition(lambda self: 0 < len(self.ids) < 4)
+    @rule(which=st.integers(0, 3))
+    def submit_reading(self, which: int) -> None:
+        read = self.one(which)
+        if read.status is Status.SUCCEEDED:
+            job, _ = self.jobs.submit(new_job(owner=self.owner, max_attempts=2, merges=[read.id]))
+            self.reads[job.id] = read.id
+            self.take(job, rings=True)
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.integers(0, 3))
+    def delete(self, which: int) -> None:
+        before = self.one(which)
+        try:
+            self.jobs.delete(before.id)
+        except MergeyardError as error:
+            expected = "merge_in_use" if before.status.finished else "conflict"
+            assert error.code == expected and (self.is_read(before.id) or not before.status.finished)
+        else:
+            assert before.status.finished and not self.is_read(before.id)
+            self.forget(before.id)
+
+    def take(self, job: Job, rings: bool) -> None:
         self.ids.append(job.id)
         self.seen[job.id] = job
         if rings:
             self.messages.append(job.id)
 
-    @rule(which=st.integers(0, 1))
+    def one(self, which: int) -> Job:
+        return self.jobs.get(self.ids[which % len(self.ids)])
+
+    def is_read(self, job_id: str) -> bool:
+        readers = [reader for reader, read in self.reads.items() if read == job_id and reader in self.ids]
+        return any(not self.jobs.get(reader).status.finished for reader in readers)
+
+    def forget(self, job_id: str) -> None:
+        self.ids.remove(job_id)
+        del self.seen[job_id]
+
+    @precondition(lambda self: self.ids)
+    @rule(which=st.integers(0, 3))
     def cancel(self, which: int) -> None:
-        before = self.jobs.get(self.ids[which % len(self.ids)])
+        before = self.one(which)
         try:
             after = self.jobs.request_cancel(before.id)
         except MergeyardError as error:
@@ -94,6 +149,9 @@ class Service(RuleBasedStateMachine):
         job_id = self.messages[position]
         if not repeated:
             del self.messages[position]
+        if job_id not in self.ids:
+            assert self.jobs.claim(job_id, lease_seconds=LEASE_SECONDS) is None, "it was deleted"
+            return
         before, now = self.jobs.get(job_id), self.jobs.database.now()
         try:
             left = None if room else lambda: 0
@@ -125,6 +183,10 @@ class Service(RuleBasedStateMachine):
     def write(self, worker: int, index: int, write: str) -> None:
         mine = next(held for held in self.held[worker:] + self.held[:worker] if held)
         job_id, token = mine[max(index, -len(mine))]
+        if job_id not in self.ids:
+            with pytest.raises(LeaseLost):
+                WRITES[write](self.jobs, job_id, token)
+            return
         before = self.jobs.get(job_id)
         shards = self.jobs.shards(job_id)
         holds = before.lease_token == token
@@ -161,6 +223,15 @@ class Service(RuleBasedStateMachine):
         for job in map(self.jobs.get, self.ids):
             assert job.lease_expires_at is None or job.lease_expires_at > now - timedelta(seconds=30), "a dead lease"
 
+    @rule()
+    def expire(self) -> None:
+        now, read = self.jobs.database.now(), {job_id for job_id in self.ids if self.is_read(job_id)}
+        due = {job.id for job in self.seen.values() if job.expires_at is not None and job.expires_at <= now}
+        expired = {job.id for job in self.upkeep.expire() if job.id in self.ids}
+        assert expired == {job_id for job_id in due - read if not self.seen[job_id].pinned}
+        for job_id in expired:
+            self.forget(job_id)
+
     # ── what always holds ────────────────────────────────────────────────────────────────────────
 
     @invariant()
@@ -175,11 +246,20 @@ class Service(RuleBasedStateMachine):
     @invariant()
     def what_is_kept_and_reserved_is_what_the_rows_say(self) -> None:
         with self.jobs.database.read() as connection:
-            every = connection.execute(select(table.c.status, table.c.reserved_bytes, table.c.artifact)).all()
+            every = connection.execute(select(table.c.status, table.c.reserved_bytes)).all()
+            kept = connection.scalars(select(table.c.artifact).join(artifacts, artifacts.c.id == table.c.id)).all()
         unfinished = [row.reserved_bytes for row in every if row.status not in ENDINGS]
         found = Quotas(self.jobs.database).of_all()
         assert (found.reserved, found.unfinished) == (sum(unfinished), len(unfinished))
-        assert found.artifacts == sum(row.artifact["size"] for row in every if row.artifact is not None)
+        assert found.artifacts == sum(artifact["size"] for artifact in kept), "what several have counts once"
+
+    @invariant()
+    def artifacts_last_as_long_as_anybody_has_them(self) -> None:
+        had = {job.artifact_id for job in self.seen.values()} - {None}
+        self.makers |= {job.id for job in self.seen.values() if job.artifact_id == job.id}
+        for maker in self.makers:
+            claims = self.upkeep.claims(maker)
+            assert claims is not None and bool(claims.keys) == (maker in had)
 
     def check(self, now: Job, before: Job) -> None:
         assert now.version >= before.version
@@ -234,7 +314,7 @@ WRITES: dict[str, Callable[[Jobs, str, str], Any]] = {
     "shard": lambda jobs, id, token: jobs.record_shard(
         id, token, StoredFile(name="a", key=f"{id}/{token}/a", size=1, sha256="0" * 64), {}
     ),
-    "publish": lambda jobs, id, token: jobs.publish(id, token, ARTIFACT),
+    "publish": lambda jobs, id, token: jobs.publish(id, token, ARTIFACT, reuse_key=KEY),
     "fail": lambda jobs, id, token: jobs.fail(id, token, MergeyardError("internal", "x"), retry=True),
     "fail for good": lambda jobs, id, token: jobs.fail(id, token, MergeyardError("internal", "x"), retry=False),
     "hand back": lambda jobs, id, token: jobs.hand_back(id, token),

@@ -330,6 +330,15 @@ def test_a_deleted_jobs_row_goes_after_its_time_and_a_last_sweep(
     assert Upkeep(jobs.database).claims(job.id) is None and list(store.keys(job.id)) == []
 
 
+def test_what_a_process_that_died_was_deleting_is_deleted(jobs: Jobs, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    left = store.folder / ".trash" / "0123456789abcdef" / "token" / "model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"data")
+    Janitor(jobs, Nobody(), interval=60, store=store).round()  # type: ignore[arg-type]
+    assert [path for path in store.folder.rglob("*") if path.is_file()] == []
+
+
 class Stubborn(LocalStore):
     """A store in which some jobs' folders cannot be deleted."""
 
@@ -358,7 +367,7 @@ def test_a_folder_that_cannot_be_deleted_keeps_no_other_job_from_being_swept(
     janitor = Janitor(jobs, bell, interval=60, store=store)
     janitor.round()
     assert list(store.keys(other.id)) == []
-    assert [job.id for job, _ in Upkeep(jobs.database).unswept()] == [stuck.id]
+    assert [job.id for job in Upkeep(jobs.database).unswept()] == [stuck.id]
     assert any("Permission denied" in record.getMessage() for record in caplog.records)
     store.stuck.clear()
     janitor.round()
