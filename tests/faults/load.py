@@ -86,7 +86,8 @@ class Load:
                 continue
             number += 1
             name, key = self.rng.choice(list(RECIPES)), f"load-{number}"
-            body = {"recipe": tiny.recipe(**RECIPES[name]), "labels": {"number": str(number)}}
+            # each is to be merged, whatever was merged before it
+            body = {"recipe": tiny.recipe(**RECIPES[name]), "labels": {"number": str(number)}, "force": True}
             answer = self._request(http, "POST", "/merges", json=body, headers={"Idempotency-Key": key})
             if answer.status_code != 202:
                 self.wrong.append(f"POST answered {answer.status_code}: {answer.text}")
