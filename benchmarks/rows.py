@@ -18,9 +18,11 @@ from app.errors import MergeyardError
 from app.records.database import Database
 from app.records.job import Job, NewJob
 from app.records.jobs import Jobs
-from app.records.tables import events, jobs
+from app.records.tables import artifacts, events, jobs
 from app.records.tally import Tally
 from app.records.upkeep import Upkeep
+
+MOMENTS = ("at", "published_at", "created_at", "started_at", "finished_at", "updated_at", "rung_at")
 
 OWNERS = ("anna", "bert", "clara", "local")
 METHODS = ("ties", "dare_ties", "linear", "task_arithmetic", "della", "breadcrumbs")
@@ -107,13 +109,15 @@ def _multiply(database: Database, templates: Sequence[Job], copies: int, done: C
         number = min(BLOCK, copies - first)
         with database.write() as connection:
             _copy(connection, jobs, "id", first, number, copies)
+            _copy(connection, artifacts, "id", first, number, copies)
             _copy(connection, events, "job_id", first, number, copies)
         done(first + number)
     with database.write() as connection:
         for definition in indexes.values():
             connection.execute(text(definition))
         connection.execute(text("DROP TABLE templates"))
-        connection.execute(delete(jobs).where(jobs.c.id.in_([job.id for job in templates])))
+        for table in (artifacts, jobs):
+            connection.execute(delete(table).where(table.c.id.in_([job.id for job in templates])))
 
 
 def _indexes(connection: Connection) -> Mapping[str, str]:
@@ -140,10 +144,9 @@ def _copy(connection: Connection, table: Table, own: str, first: int, number: in
         numbers = "WITH numbers (n) AS (SELECT generate_series(CAST(:first AS int), CAST(:last AS int)))"
         moment = "now() - make_interval(secs => 3600 + (CAST(:copies AS int) - n) * 0.5)"
         number_text = "lpad(CAST(n AS text), 10, '0')"
-    changed = {own: f"'mrg-' || {number_text} || substr(source.{own}, 15)"}
-    for name in ("at",) if table is events else ("created_at", "started_at", "finished_at", "updated_at", "rung_at"):
-        changed[name] = moment
-    names = [column.name for column in table.columns if table is jobs or column.name != "id"]
+    changed = {name: f"'mrg-' || {number_text} || substr(source.{name}, 15)" for name in (own, "artifact_id")}
+    changed |= dict.fromkeys(MOMENTS, moment)
+    names = [column.name for column in table.columns if table is not events or column.name != "id"]
     statement = (
         f"INSERT INTO {table.name} ({', '.join(names)}) {numbers} "
         f"SELECT {', '.join(changed.get(name, f'source.{name}') for name in names)} FROM numbers "

@@ -254,7 +254,7 @@ def test_the_profile_tells_each_kind_of_work_and_the_bound(
     counted = {kind["kind"] for kind in found.merged["kinds"]}
     assert counted >= {spans.PLANNING, spans.READING, spans.MERGING, spans.HASHING_SOURCES, spans.HASHING_RESULT}
     assert sum(kind["processor"] for kind in found.merged["kinds"]) <= found.processor
-    assert {"main", "block", "source-digests", "shard-writer"} <= set(found.by_role())
+    assert {"main", "block"} <= set(found.by_role()), "others may live between two samples here"
     text = profile.document([(case, found)], ceilings.measure(made), cores=2)
     assert f"Wall {found.wall:.2f} s" in text
     assert "Bound: max(" in text

@@ -28,6 +28,7 @@ def test_on_the_cpu_it_names_the_libraries() -> None:
 
 def test_on_a_gpu_it_names_that_and_what_drives_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr("worker.engine.run.version", lambda name: f"1.0+{name}")
     found = versions(GpuKernels())

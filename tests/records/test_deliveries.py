@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import update
 
 from app.errors import MergeyardError
-from app.records import jobs as jobs_module
+from app.records import rows as job_rows
+from app.records import tables
 from app.records.database import Database
 from app.records.deliveries import PAUSES, TAKEN_SECONDS, Deliveries
 from app.records.job import Job
@@ -90,7 +91,7 @@ def test_it_is_written_with_the_end_or_not_at_all(
     def die(*_: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(jobs_module.rows, "enqueue", die)
+    monkeypatch.setattr(job_rows, "enqueue", die)
     with pytest.raises(RuntimeError):
         jobs.publish(running.id, running.lease_token or "", ARTIFACT)
     monkeypatch.undo()
@@ -150,5 +151,6 @@ def test_others_deliveries_are_not_found_and_go_with_their_merge(
         deliveries.of(job.id, by=Caller(owner="bob", scopes=frozenset()))
     (taken,) = deliveries.take(1)
     with database.write() as connection:
-        connection.execute(jobs_module.jobs.delete().where(jobs_module.jobs.c.id == job.id))
+        connection.execute(tables.artifacts.delete())
+        connection.execute(tables.jobs.delete().where(tables.jobs.c.id == job.id))
     assert deliveries.note(taken.id, status=200, error=None) is None

@@ -172,7 +172,9 @@ def held(jobs: Jobs, **changes: Any) -> Job:
 def submitting(jobs: Jobs) -> None:
     key = Idempotency(owner="anna", key="key", request_hash="0" * 64)
     by = reader("anna")
-    job, _ = jobs.submit(new_job(owner="anna"), idempotency=key, by=by)
+    new = new_job(owner="anna", reuse_key="a" * 64)
+    job, _ = jobs.submit(new, idempotency=key, by=by)
+    jobs.reusable(new)
     jobs.earlier(key)
     jobs.get(job.id, by=by)
     jobs.events(job.id, by=by)
@@ -202,10 +204,11 @@ def tidying(jobs: Jobs) -> None:
     upkeep.round(ring_after=0)
     upkeep.round()
     upkeep.waiting("default")
+    upkeep.expire()
     unswept = upkeep.unswept()
     assert unswept and dead is not None
-    upkeep.unswept(after=unswept[0][0])
-    for job, _ in unswept[:3]:
+    upkeep.unswept(after=unswept[0])
+    for job in unswept[:3]:
         upkeep.claims(job.id)
         upkeep.set_swept(job.id)
     jobs.request_cancel(dead.id)

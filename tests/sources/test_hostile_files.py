@@ -373,7 +373,7 @@ def test_an_uploads_index_names_only_what_was_sent(root: Path, tmp_path: Path) -
     outside = os.path.relpath(root / "base" / "model.safetensors", tmp_path / "uploads" / "draft")
     assert outside.startswith("..")
     draft.add(INDEX, [json.dumps({"weight_map": {"a": outside}}).encode()])
-    assert refusal(draft.commit).code == "source_not_found"
+    assert refusal(draft.check).code == "source_not_found"
 
 
 # --- adapters

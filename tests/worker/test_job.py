@@ -160,8 +160,8 @@ def test_a_publication_whose_answer_was_lost_keeps_its_files(yard: Yard, place: 
     answers = iter([MergeyardError("database_unavailable", "connection lost")])
 
     class Losing(type(yard.jobs)):  # type: ignore[misc]
-        def publish(self, job_id: str, token: str, artifact: Any) -> Job:
-            published = real(job_id, token, artifact)
+        def publish(self, *arguments: Any, **options: Any) -> Job:
+            published = real(*arguments, **options)
             for error in answers:
                 raise error
             return published

@@ -152,11 +152,15 @@ def merge_to_folder(
 
 
 def versions(kernels: Kernels) -> dict[str, str]:
-    """Of the engine and of what it calculates with; in the ``cuda`` room the GPU's name and what drives it, too."""
+    """Of the engine and of what it calculates with; in the ``cuda`` room the GPU's name and what drives it, too.
+
+    Of that room on a machine without a GPU, where Triton's interpreter carries it out, only Triton.
+    """
     libraries = {name: version(name) for name in ("numba", "numpy", "torch")}
     if kernels.name == "cuda":
-        libraries |= {"triton": version("triton"), "cuda": str(torch.version.cuda)}
-        libraries["gpu"] = torch.cuda.get_device_name()
+        libraries["triton"] = version("triton")
+        if torch.cuda.is_available():
+            libraries |= {"cuda": str(torch.version.cuda), "gpu": torch.cuda.get_device_name()}
     return {"mergeyard": app.__version__, "python": platform.python_version(), **libraries}
 
 
