@@ -162,6 +162,9 @@ class Service(RuleBasedStateMachine):
             assert self.jobs.get(job_id).waits_for == "disk" and not free(self.jobs.get(job_id), now)
             return
         assert (claimed is not None) == free(before, now)
+        if dead(before, now):
+            after = self.jobs.get(job_id)
+            assert after.lease_token is None and not free(after, now), "the claim took it from its worker"
         if claimed is not None:
             assert claimed.lease_token and claimed.lease_token not in self.tokens()
             self.held[worker].append((job_id, claimed.lease_token))
@@ -323,11 +326,14 @@ WRITES: dict[str, Callable[[Jobs, str, str], Any]] = {
 
 
 def free(job: Job, now: datetime) -> bool:
-    """Whether a claim of the job must succeed."""
-    if job.status is Status.QUEUED:
-        return job.retry_at is None or job.retry_at <= now or job.retry_at > now + timedelta(seconds=301)
-    dead = job.lease_expires_at is not None and job.lease_expires_at < now
-    return job.status is Status.RUNNING and dead and job.attempt < job.max_attempts
+    """Whether a claim of the job must succeed. One that is taken from a dead worker waits for its pause first."""
+    waits = job.retry_at is not None and now < job.retry_at <= now + timedelta(seconds=301)
+    return job.status is Status.QUEUED and not waits
+
+
+def dead(job: Job, now: datetime) -> bool:
+    """Whether the job's worker is given up."""
+    return job.lease_expires_at is not None and job.lease_expires_at < now
 
 
 def moved_by(moment: datetime | None, seconds: int) -> datetime | None:
