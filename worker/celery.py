@@ -23,10 +23,12 @@ from celery.worker import state
 from app import logs
 from app.records.bell import CELERY, Bell, queue_names
 from app.records.database import Database
+from app.records.jobs import Jobs
 from app.records.upkeep import Upkeep
 from app.records.workers import NewWorker
 from app.settings import Settings
 from worker.deafness import DeafnessWatch
+from worker.deaths import Undertaker
 from worker.presence import introduce, present
 
 log = logging.getLogger("mergeyard.worker")
@@ -107,8 +109,10 @@ def _check_reachable(settings: Settings) -> None:
 
 @contextmanager
 def _watched(settings: Settings, worker: NewWorker, deaf: threading.Event) -> Iterator[None]:
-    """Says that the worker lives, and ends it where it hears nothing while jobs wait, once it has begun to listen."""
+    """Says that the worker lives, ends the attempts of its children that die, and itself where it goes deaf."""
     database, bell = Database(settings.database, answer_seconds=settings.database_seconds), Bell(settings.broker)
+    jobs = Jobs(database, retry_seconds=settings.retry_seconds)
+    undertaker = Undertaker(jobs, bell, worker=worker.name, seconds=settings.lease_seconds)
 
     def leave() -> None:
         deaf.set()
@@ -130,12 +134,14 @@ def _watched(settings: Settings, worker: NewWorker, deaf: threading.Event) -> It
         watch.start()
 
     worker_ready.connect(listening)
+    undertaker.start()
     try:
         with present(worker, database):
             yield
     finally:
         worker_ready.disconnect(listening)
         watch.stop()
+        undertaker.stop()
         bell.close()
         database.close()
 

@@ -17,11 +17,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from celery import Task, current_app, shared_task
-from celery.signals import setup_logging, worker_process_init
+from celery.signals import setup_logging, task_postrun, worker_process_init
 
 from app import logs
 from app.records.bell import TASK
 from app.settings import Settings
+from worker.deaths import MergeRequest
 from worker.lease import StopRequest
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ log = logging.getLogger("mergeyard.tasks")
 
 class Doorbell(Task):  # type: ignore[misc]
     """The task of one process."""
+
+    Request = MergeRequest
 
     @cached_property
     def place(self) -> Workplace:
@@ -50,6 +53,7 @@ def answer(self: Doorbell, job_id: str) -> None:
     """Work on the job. A process in which an attempt failed is not trusted with another."""
     from worker.job import Ending, work  # noqa: PLC0415
 
+    logs.about(merge=job_id)
     stop = StopRequest()
     with _sigterm(stop):
         ending = work(self.place, job_id, stop)
@@ -73,6 +77,11 @@ def _warm(**_: Any) -> None:
         # The pool would start another child that fails the same way, for ever; stopping tells whoever watches.
         log.critical("this process cannot start, so its worker stops", exc_info=True)
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+@task_postrun.connect  # type: ignore[untyped-decorator]
+def _put_down(**_: Any) -> None:
+    logs.about(merge=None)
 
 
 @setup_logging.connect  # type: ignore[untyped-decorator]

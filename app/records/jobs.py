@@ -297,6 +297,24 @@ class Jobs:
         """The worker was told to stop: queued again, and the attempt does not count."""
         return self._held(job_id, token, transitions.hand_back)
 
+    def lose(self, job_id: str, *, worker: str, process: int, reason: str) -> Job | None:
+        """A ``process`` of the ``worker`` died, as that one saw: what it held ends now and not with its lease.
+
+        None where it holds no attempt of the job, which another may hold by now. ``reason`` is a key of
+        ``transitions.LOST``.
+        """
+        held = select(jobs).where(jobs.c.id == job_id, jobs.c.status.in_(rows.HELD)).with_for_update()
+        claims = select(events.c.data).where(events.c.job_id == job_id, events.c.type == "claimed")
+        with self.database.write() as connection:
+            row = connection.execute(held).one_or_none()
+            # Claimed in one transaction with the event, so the last one tells who holds a row that is held.
+            claim = connection.scalars(claims.order_by(events.c.id.desc()).limit(1)).one_or_none()
+            if row is None or claim is None or (claim["worker"], claim.get("process")) != (worker, process):
+                return None
+            job = rows.read_job(row)
+            change = transitions.lose(job, clock(connection), reason=reason, pause=self.retry_seconds)
+            return rows.apply(connection, job, change)
+
     def confirm_cancelled(self, job_id: str, token: str) -> Job:
         """The worker stopped as it was asked to."""
         return self._held(job_id, token, transitions.confirm_cancelled)

@@ -2,7 +2,7 @@
 
     queued ──claim──▶ running ──publish──▶ succeeded
       ▲ ▲               │ │ └──fail──▶ failed          (``retry`` and attempts left: back to queued)
-      │ └──hand_back────┘ ├──lose──▶ queued | failed   (the lease ran out)
+      │ └──hand_back────┘ ├──lose──▶ queued | failed   (its worker is gone)
       │                   └──request_cancel──▶ cancelling ──confirm_cancelled──▶ cancelled
       ├──request_cancel──▶ cancelled
       └──reuse──▶ succeeded                            (a job as it is submitted; nobody ever claims it)
@@ -35,6 +35,8 @@ DISK = "disk"  # what a job waits for
 LOST = {
     "lease_expired": "The worker stopped answering: it crashed, was killed (out of memory?) or lost its connection.",
     "stalled": "The merge did not move for too long.",
+    "child_killed": "The merge's process was killed (signal 9), often by the kernel's out-of-memory killer.",
+    "child_died": "The merge's process crashed; the worker's log has its last words.",
 }
 
 
@@ -211,7 +213,7 @@ def lose(job: Job, now: datetime, *, reason: str, pause: float) -> Change:
         )
     attempts = "the only attempt" if job.max_attempts == 1 else f"the last of {job.max_attempts} attempts"
     reason_json = error_json(
-        MergeyardError("worker_lost", f"The worker disappeared during {attempts}. Submit the merge again.")
+        MergeyardError("worker_lost", f"{LOST[reason]} It was {attempts}. Submit the merge again.")
     )
     return Change(
         values={**_let_go(Status.FAILED), "failures": failures, "error": reason_json, "finished_at": now},

@@ -17,6 +17,7 @@ from app.api.figures import OTHER_QUEUES, QUEUES
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records.tally import Tally
+from app.records.transitions import LOST
 from app.settings import Settings
 from tests.api.serving import ServedApi, serving
 
@@ -64,7 +65,7 @@ def test_the_figures_of_jobs_are_what_happened_to_them(fresh_api: ServedApi) -> 
     assert series(found, "mergeyard_submitted_total") == {"": 10}
     assert series(found, "mergeyard_attempts_total") == {"": 6}
     assert series(found, "mergeyard_finished_total") == {"succeeded": 2, "reused": 0, "failed": 1, "cancelled": 0}
-    assert series(found, "mergeyard_leases_lost_total") == {"lease_expired": 0, "stalled": 0}
+    assert series(found, "mergeyard_leases_lost_total") == dict.fromkeys(LOST, 0)
     failures, retries = series(found, "mergeyard_failures_total"), series(found, "mergeyard_retries_total")
     assert failures["source_not_finite"] == 1 == sum(failures.values())
     assert retries["disk_full"] == 1 == sum(retries.values())
