@@ -1,10 +1,15 @@
-"""A worker whose arithmetic takes its time, so that a tiny merge can be caught in the middle. Run as a module."""
+"""A worker whose arithmetic takes its time, so that a tiny merge can be caught in the middle. Run as a module.
+
+Where ``MERGEYARD_TEST_FAULT`` names a file, the next block fails as a GPU's would, with the error the file names.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from celery import current_app
@@ -18,6 +23,9 @@ from worker.celery import run_worker
 SECONDS = 0.06  # per block; a tiny merge has 14
 
 
+FAULT = "MERGEYARD_TEST_FAULT"
+
+
 class SlowKernels:
     """Kernels that sleep before they merge a block."""
 
@@ -29,7 +37,20 @@ class SlowKernels:
 
     def merge(self, *arguments: Any) -> Any:
         time.sleep(SECONDS)
+        if (fault := Path(os.environ.get(FAULT, os.devnull))).is_file():
+            name = fault.read_text()
+            fault.unlink()
+            raise error_of_a_gpu(name)
         return self._kernels.merge(*arguments)
+
+
+def error_of_a_gpu(name: str) -> Exception:
+    """What torch raises where a GPU's memory is full ("memory"), or where its context is lost ("cuda")."""
+    import torch  # as everywhere, in the child alone
+
+    if name == "memory":
+        return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 @worker_process_init.connect

@@ -17,6 +17,7 @@ from app.records.job import Job, Status
 from app.records.jobs import Jobs
 from app.records.transitions import LOST
 from tests.records.submitting import ARTIFACT, new_job
+from tests.worker.slow_worker import FAULT
 from tests.worker.yard import SHARDED, Yard, open_yard, pool_child, worker
 from worker.deaths import Death, Undertaker, child_died
 
@@ -63,6 +64,32 @@ def test_a_killed_child_of_a_cancelled_merge_ends_it_at_once(yard: Yard) -> None
     yard.jobs.request_cancel(job.id)
     child.kill()
     assert yard.finish(job).status is Status.CANCELLED
+
+
+@pytest.mark.parametrize(("fault", "code"), [("memory", "out_of_memory"), ("cuda", "internal")])
+def test_an_error_of_the_gpu_ends_one_attempt_and_its_process_and_no_worker(
+    fault: str,
+    code: str,
+    tmp_path: Path,
+    tiny_models: Path,
+    broker_url: str,
+    queue: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is no GPU here: the kernels raise what torch raises where there is one. CUDA in that process is lost."""
+    marker = tmp_path / "fault"
+    monkeypatch.setenv(FAULT, str(marker))
+    with open_yard(tmp_path, tiny_models, broker_url, queue) as yard, worker(yard) as process:
+        before = yard.finish(yard.submit())
+        marker.write_text(fault)
+        job, waiting = yard.submit(), yard.submit()
+        failed, after = yard.finish(job), yard.finish(waiting)
+        assert (failed.status, [failure["code"] for failure in failed.failures]) == (Status.SUCCEEDED, [code])
+        assert after.status is Status.SUCCEEDED and after.failures == ()
+        first, second = yard.processes(job)
+        assert yard.processes(before) == [first], "it was warm"
+        assert second != first and yard.processes(waiting) == [second], "its successor stays for the next"
+        assert process.is_running() and "worker_lost" not in yard.kinds(job)
 
 
 # ── what the dead child does not hold any more ───────────────────────────────────────────────────
