@@ -29,6 +29,7 @@ from app.records.workers import NewWorker
 from app.settings import Settings
 from worker.deafness import DeafnessWatch
 from worker.deaths import Undertaker
+from worker.pool import StoppingPool
 from worker.presence import introduce, present
 
 log = logging.getLogger("mergeyard.worker")
@@ -58,7 +59,7 @@ def run_worker(settings: Settings, *, tasks: str = "worker.tasks") -> None:
     try:
         worker = app.Worker(
             hostname=f"mergeyard-{os.getpid()}@{socket.gethostname()}",
-            pool="prefork",
+            pool=StoppingPool,
             queues=list(queue_names(settings.queue)),
             without_gossip=True,
             without_mingle=True,

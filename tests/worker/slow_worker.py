@@ -1,6 +1,7 @@
 """A worker whose arithmetic takes its time, so that a tiny merge can be caught in the middle. Run as a module.
 
-Where ``MERGEYARD_TEST_FAULT`` names a file, the next block fails as a GPU's would, with the error the file names.
+Where ``MERGEYARD_TEST_FAULT`` names a file, the next block fails as a GPU's would, with the error the file names. Where
+``MERGEYARD_TEST_STARTING`` names one, it appears when the child begins to start, which then takes START_SECONDS.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from app.records.bell import TASK
 from app.settings import Settings
 from worker.celery import run_worker
 
+START_SECONDS = 600.0
 SECONDS = 0.06  # per block; a tiny merge has 14
 
 
 FAULT = "MERGEYARD_TEST_FAULT"
+STARTING = "MERGEYARD_TEST_STARTING"
 
 
 class SlowKernels:
@@ -55,6 +58,9 @@ def error_of_a_gpu(name: str) -> Exception:
 
 @worker_process_init.connect
 def slow_down(**_: Any) -> None:
+    if (starting := os.environ.get(STARTING)) is not None:
+        Path(starting).touch()
+        time.sleep(START_SECONDS)
     doorbell = current_app.tasks[TASK]
     doorbell.place = replace(doorbell.place, kernels=SlowKernels(doorbell.place.kernels))
 

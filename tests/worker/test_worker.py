@@ -22,6 +22,7 @@ from app.settings import Settings
 from tests import servers, tiny
 from tests.faults.cuts import server_address, through
 from tests.faults.proxy import Proxy, proxied
+from tests.worker.slow_worker import STARTING
 from tests.worker.yard import SHARDED, Yard, open_yard, pool_child, worker
 from worker.celery import run_worker
 from worker.engine.sinks import SCRATCH
@@ -240,6 +241,20 @@ def test_an_idle_worker_stops_on_sigterm(empty_yard: Yard) -> None:
         empty_yard.until(lambda: len(process.children()) > 0)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def test_a_worker_whose_child_is_still_starting_stops_on_sigterm(
+    empty_yard: Yard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing torch takes a loaded machine longer than a supervisor waits. The job is not lost: its row waits."""
+    starting = tmp_path / "starting"
+    monkeypatch.setenv(STARTING, str(starting))
+    with worker(empty_yard) as process:
+        job = empty_yard.submit()
+        empty_yard.until(starting.exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert empty_yard.kinds(job) == ["submitted"]
 
 
 def test_a_worker_hears_again_after_its_broker_restarted(tmp_path: Path, tiny_models: Path) -> None:
