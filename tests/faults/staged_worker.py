@@ -45,19 +45,26 @@ class StagedJobs(Jobs):
         self._stage = stage
 
     def claim(self, job_id: str, **values: Any) -> Job | None:
+        self._stage.job_id = ""
         job = super().claim(job_id, **values)
         self._stage.job_id = job_id if job is not None else ""
         self._stage("claimed")
         return job
+
+    def set_stage(self, job_id: str, token: str, stage: str) -> Job:
+        """Of an attempt, "merging" begins when its plan is made."""
+        if stage == "merging":
+            self._stage("planned")
+        return super().set_stage(job_id, token, stage)
 
     def record_shard(self, *values: Any) -> None:
         self._stage("stored")
         super().record_shard(*values)
         self._stage("recorded")
 
-    def publish(self, *values: Any) -> Job:
+    def publish(self, *values: Any, **options: Any) -> Job:
         self._stage("closing")
-        done = super().publish(*values)
+        done = super().publish(*values, **options)
         self._stage("closed")
         return done
 
@@ -66,11 +73,6 @@ class StagedStore(LocalStore):
     def __init__(self, folder: Path, stage: Stage) -> None:
         super().__init__(folder)
         self._stage = stage
-
-    def free(self) -> int | None:
-        """Asked once an attempt, when the plan is made."""
-        self._stage("planned")
-        return super().free()
 
     def create(self, key: str, size: int = 0) -> Any:
         return StagedWriter(super().create(key, size), key, self._stage)
