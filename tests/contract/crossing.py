@@ -133,7 +133,11 @@ def ask_for(http: httpx.Client, theirs: Holdings) -> Asked:
 
 def _send(http: httpx.Client, method: str, path: str, headers: Mapping[str, str], name: str) -> httpx.Response:
     body = {"json": {"merge": name}} if method == "PUT" else {}
-    return http.request(method, path.format(name), headers=headers, **body)
+    with http.stream(method, path.format(name), headers=headers, **body) as answer:
+        if "event-stream" in answer.headers.get("content-type", ""):  # of whoever may listen it has no end
+            return httpx.Response(answer.status_code, headers=answer.headers, request=answer.request)
+        answer.read()
+        return answer
 
 
 def audited(service: Service, theirs: Holdings) -> list[str]:

@@ -117,6 +117,8 @@ def carry_out(campaign: Campaign, service: Service, folder: Path) -> Outcome:
         check=False,
     )
     rows = json.loads(counted.read_text()) if counted.exists() else []
+    if not rows:
+        raise RuntimeError(f"{campaign.name}: nothing was sent\n{done.stdout}{done.stderr}")
     counts = Counter({(phase, operation, mode, status): count for phase, operation, mode, status, count in rows})
     return Outcome(campaign, done.returncode == 0, time.monotonic() - began, counts, done.stdout + done.stderr)
 
