@@ -19,6 +19,7 @@ MAX_STRING = 2_000
 MAX_TEMPLATE = 64_000  # a chat template
 MAX_BITS = 256
 MAX_DOCUMENTS = 32
+FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")  # what YAML 1.2 reads as a number, and PyYAML does not
 
 
 class _Loader(yaml.CSafeLoader):
@@ -52,7 +53,7 @@ class _Loader(yaml.CSafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+    FLOAT,
     list("-+0123456789"),
 )
 
