@@ -56,6 +56,7 @@ from app.records.quotas import Quotas
 from app.records.sessions import Sessions
 from app.records.workers import Workers
 from app.settings import Settings
+from app.sources.hub.hub import Hub, HubSettings
 from app.sources.uploads import UploadStore
 from app.webhooks.courier import Courier
 from app.webhooks.outbound import Allowed
@@ -106,6 +107,7 @@ def create_app(settings: Settings) -> FastAPI:
             await run_in_threadpool(service.failures.flush)
             service.limits.close()
             service.bell.close()
+            service.hub.close()
             service.database.close()
 
     api = FastAPI(
@@ -167,6 +169,7 @@ def open_service(settings: Settings) -> Service:
         workers=Workers(database),
         aliases=Aliases(database),
         bell=bell,
+        hub=Hub(HubSettings.of(settings)),
         store=store,
         uploads=UploadStore(settings.uploads, keep_free=settings.min_free_bytes),
         uploaded=OwnedUploads(database),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -44,6 +45,11 @@ class Settings(BaseSettings):
     rate_failures: int = Field(30, ge=0, description="Wrong keys a minute from one address; 0: no limit")
     max_streams: int = Field(2000, ge=0, description="Event streams open at once in one API process")
     max_streams_per_key: int = Field(100, ge=0, description="Of these, with one key; without keys, from one address")
+    hub_endpoint: str = Field("https://huggingface.co", description="Where `hf:` references are looked up")
+    hub_token: str = Field("", repr=False, description="For repositories there that are not for everybody")
+    hub_repositories: str = Field("", description="What `hf:` may name: ORG/NAME, ORG/*, *; empty: no hub is asked")
+    hub_cache: Path | None = Field(None, description="Folder of what is fetched from there; empty: in the data folder")
+    hub_max_bytes: int = Field(500_000_000_000, ge=0, description="Of weights, fetched for one reference")
     webhook_hosts: str = Field("", description="Hosts that webhooks may be sent to; empty: none are")
     webhook_private_hosts: str = Field("", description="Such hosts that may have addresses of private networks")
     webhook_secret: str = Field(
@@ -60,6 +66,14 @@ class Settings(BaseSettings):
         if "://" in value:
             raise ValueError("object storage is not supported yet: name a folder")
         return value
+
+    @field_validator("hub_endpoint")
+    @classmethod
+    def _an_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or parts.query:
+            raise ValueError("an http:// or https:// address without user and query is wanted")
+        return value.rstrip("/")
 
     @field_validator("webhook_hosts", "webhook_private_hosts")
     @classmethod
@@ -114,6 +128,11 @@ class Settings(BaseSettings):
     def digests(self) -> Path:
         """What the files of sources hash to, from merge to merge."""
         return self.root / "digests"
+
+    @property
+    def hub_files(self) -> Path:
+        """What was fetched from the hub."""
+        return self.hub_cache or self.root / "hub"
 
     @property
     def roots(self) -> tuple[Path, ...]:

@@ -111,7 +111,8 @@ def plan(recipe: Recipe, as_json: AsJson = False) -> None:
     from app.api.schemas import MergePlan
     from mergeyard import display, local
 
-    document = MergePlan.of(local.plan_recipe(_read(recipe), _folder(recipe), read_settings())).model_dump(mode="json")
+    here = local.here(_folder(recipe), read_settings())
+    document = MergePlan.of(local.plan_recipe(_read(recipe), here)).model_dump(mode="json")
     if as_json:
         print_json(document)
     else:
@@ -329,9 +330,13 @@ def _merge(recipe: str, folder: Path, out: Path, device: Device, threads: int, *
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the sink cleans up
     settings = read_settings()
-    plan = local.plan_recipe(recipe, folder, settings)
+    here = local.here(folder, settings)
+    plan = local.plan_recipe(recipe, here)
     display.show_warnings([warning.as_json() for warning in plan.warnings])
     try:
+        if plan.remote:
+            with display.downloading() as on_bytes:
+                plan = local.fetch_remote(plan, here, lambda done, total: on_bytes(done, total, "sources"))
         with display.merging(plan.method) as on_progress:
             manifest = local.merge_plan(
                 plan, out, settings, device=device.value, threads=threads, on_progress=on_progress

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,17 +14,60 @@ from app.planning.plan import Plan
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
 from app.settings import Settings
+from app.sources.hub.hub import Hub, HubSettings
 from app.sources.resolver import Resolver
 
 
-def plan_recipe(text: str, folder: Path, settings: Settings) -> Plan:
-    """Plan a recipe whose references may also be plain paths, absolute or relative to ``folder``.
+@dataclass(frozen=True, kw_only=True)
+class Here:
+    """This machine: its settings, the ``folder`` that plain paths are relative to, and the hub, all of it."""
 
-    Raises MergeyardError with every problem.
+    settings: Settings
+    folder: Path
+    hub: Hub
+
+    def resolver(self) -> Resolver:
+        uploads = self.settings.uploads if self.settings.uploads.is_dir() else None
+        return Resolver(roots=self.settings.roots, uploads=uploads, local=self.folder, hub=self.hub)
+
+
+def here(folder: Path, settings: Settings) -> Here:
+    """Whoever runs a local command may fetch what they like, with the token that they have.
+
+    Without a data folder it is kept in the user's cache.
     """
-    uploads = settings.uploads if settings.uploads.is_dir() else None
-    resolver = Resolver(roots=settings.roots, uploads=uploads, local=folder)
-    return make_plan(parse_recipe(text), resolver)
+    given = HubSettings.of(settings)
+    kept = settings.hub_cache is not None or settings.root.is_dir()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    hub = replace(
+        given,
+        repositories=given.repositories or ("*",),
+        token=given.token or _own_token(settings),
+        cache=given.cache if kept else caches / "mergeyard" / "hub",
+    )
+    return Here(settings=settings, folder=folder, hub=Hub(hub))
+
+
+def plan_recipe(text: str, here: Here) -> Plan:
+    """Plan a recipe whose references may also be plain paths. Raises MergeyardError with every problem."""
+    return make_plan(parse_recipe(text), here.resolver())
+
+
+def fetch_remote(plan: Plan, here: Here, on_progress: Callable[[int, int], None]) -> Plan:
+    """The same plan with everything on this machine. Raises MergeyardError as ``Transfer.run`` does."""
+    while plan.remote:
+        here.hub.transfer(plan.remote).run(on_progress)
+        plan = make_plan(parse_recipe(plan.recipe), here.resolver())  # its revisions are commits
+    return plan
+
+
+def _own_token(settings: Settings) -> str:
+    """What the hub's own tools use (HF_TOKEN, `hf auth login`); it is for nobody but their hub."""
+    if settings.hub_endpoint != Settings.model_fields["hub_endpoint"].default:
+        return ""
+    from huggingface_hub import get_token  # noqa: PLC0415
+
+    return get_token() or ""
 
 
 def extraction(base: str, finetuned: str, *, rank: int | None, min_retained_energy: float | None, other: str) -> str:

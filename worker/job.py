@@ -22,12 +22,13 @@ from app.recipe import parse_recipe
 from app.records.bell import Bell
 from app.records.database import Database
 from app.records.janitor import sweep
-from app.records.job import CancelRequested, Job, LeaseLost, NoRoom
+from app.records.job import CancelRequested, Job, LeaseLost, NoRoom, Stage
 from app.records.jobs import Jobs
 from app.records.owned import resolver_of
 from app.records.upkeep import Upkeep
 from app.records.workers import Workers
 from app.settings import Settings
+from app.sources.hub.hub import Hub, HubSettings
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import Kernels, load, warm_up
 from worker.engine.run import build_manifest, run_merge, write_manifest
@@ -56,6 +57,7 @@ class Workplace:
     settings: Settings
     jobs: Jobs
     bell: Bell
+    hub: Hub
     store: LocalStore
     kernels: Kernels
     digests: DigestCache
@@ -72,6 +74,7 @@ def open_workplace(settings: Settings, worker: str) -> Workplace:
         settings=settings,
         jobs=Jobs(database, retry_seconds=settings.retry_seconds),
         bell=Bell(settings.broker),
+        hub=Hub(HubSettings.of(settings)),
         store=LocalStore(settings.artifacts, keep_free=settings.min_free_bytes),
         kernels=kernels,
         digests=DigestCache(settings.digests),
@@ -148,8 +151,15 @@ def _attempt(place: Workplace, job: Job, lease: Lease, line: logging.LoggerAdapt
 
 
 def _merge(place: Workplace, job: Job, lease: Lease) -> tuple[Mapping[str, Any], str | None]:
-    """The straight line: plan again, merge, write the manifest. The artifact's row value and reuse key come back."""
+    """The straight line: plan again, fetch what is on the hub, merge, write the manifest.
+
+    The artifact's row value and reuse key come back.
+    """
     plan = lease.persist(lambda: _plan_again(place, job))
+    while remote := plan.remote:
+        lease.stage(Stage.DOWNLOADING)
+        place.hub.transfer(remote).run(lease.progress, lease.check)
+        plan = lease.persist(lambda: _plan_again(place, job))
     key = reuse_key(plan)
     lease.check()
     sink = lease.persist(lambda: StoreSink(place.store, place.jobs, job, lease.persist))
@@ -178,7 +188,7 @@ def _reusable(plan: Plan, key: str | None, job: Job, files: Sequence[StoredFile]
 
 def _plan_again(place: Workplace, job: Job) -> Plan:
     """The plan, made from the files as they are now. Raises ``source_changed`` unless it is the submitted one."""
-    resolver = resolver_of(job.owner, settings=place.settings, jobs=place.jobs, store=place.store)
+    resolver = resolver_of(job.owner, settings=place.settings, jobs=place.jobs, store=place.store, hub=place.hub)
     plan = make_plan(parse_recipe(job.resolved), resolver)
     if plan.digest != job.plan_digest:
         raise MergeyardError(

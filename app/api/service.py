@@ -37,6 +37,7 @@ from app.records.sessions import Sessions
 from app.records.upkeep import Upkeep
 from app.records.workers import Workers
 from app.settings import Settings
+from app.sources.hub.hub import Hub
 from app.sources.resolver import MergedFiles, Resolver
 from app.sources.uploads import UploadStore
 from app.webhooks.outbound import Allowed
@@ -55,6 +56,7 @@ class Service:
     workers: Workers
     aliases: Aliases
     bell: Bell
+    hub: Hub
     store: LocalStore
     uploads: UploadStore
     uploaded: OwnedUploads
@@ -74,7 +76,7 @@ class Service:
 
     def resolver(self, owner: str, merges: set[str] | None = None) -> Resolver:
         """Where the references of this owner's recipes lead. The ids of merges that it finds go into ``merges``."""
-        found = resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store)
+        found = resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store, hub=self.hub)
         if merges is None or (find := found.merges) is None:
             return found
 

@@ -12,6 +12,7 @@ from app.planning.plan import Document, PlannedSource
 from app.planning.resolving import Resolved, ResolvedPart
 from app.recipe import Recipe
 from app.recipe.methods import METHODS, MethodSpec
+from app.sources.references import is_immutable
 from app.sources.source import SourceFile
 from app.sources.tokenizers import TOKENIZER_JSON
 
@@ -100,11 +101,6 @@ def plan_digest(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def immutable(reference: str) -> bool:
-    """Whether what it names never changes, as uploads and merges do not."""
-    return reference.startswith(("upload:", "merge:")) and "+" not in reference
-
-
 def _moment(source: PlannedSource, file: SourceFile) -> int:
     """What tells a file from a later one of equal header and size."""
-    return 0 if immutable(source.reference) else file.mtime_ns
+    return 0 if is_immutable(source.reference) else file.mtime_ns

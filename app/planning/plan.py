@@ -9,7 +9,7 @@ from typing import Any, Literal
 from app import strict_json
 from app.errors import Problem
 from app.sources.safetensors import Entry, header
-from app.sources.source import GatheredTensor, SourceFile, StoredTensor, TensorSpec
+from app.sources.source import GatheredTensor, RemoteFile, SourceFile, StoredTensor, TensorSpec
 
 Scalar = float | int | bool | str
 Document = Mapping[str, Any] | str  # JSON, or a text as it is
@@ -217,6 +217,17 @@ class Plan:
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:
         return tuple(tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def remote(self) -> tuple[RemoteFile, ...]:
+        """What is read and still on the hub. While there is any, nothing can be merged."""
+        files = [
+            file
+            for document in (*self.earlier, self)
+            for source in (document.base, *document.sources, *document.tokenizers)
+            for file in source.files
+        ]
+        return tuple(dict.fromkeys(file.remote for file in files if file.remote is not None))
 
     def owner(self, stored: StoredTensor) -> str:
         """The reference of the model or adapter that a tensor is read from (all of them, if several), for messages."""

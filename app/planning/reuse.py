@@ -13,8 +13,8 @@ import json
 from collections.abc import Iterator
 
 from app.planning.earlier import file_of
-from app.planning.fingerprint import immutable
 from app.planning.plan import Plan
+from app.sources.references import is_immutable
 from app.sources.source import SourceFile
 
 
@@ -38,7 +38,7 @@ def reuse_key(plan: Plan) -> str | None:
 
 
 def changeable_files(plan: Plan) -> frozenset[SourceFile]:
-    """The weight files that the plan reads and that are not what they are for ever, as uploads and merges are."""
+    """The weight files that the plan reads and that may be replaced, which uploads, merges and commits are not."""
     made = {file_of(document, shard) for document in plan.earlier for shard in document.shards}
     return frozenset(_weights(plan)) - made
 
@@ -47,5 +47,5 @@ def _weights(plan: Plan) -> Iterator[SourceFile]:
     """Anything else is pinned by all of its bytes."""
     for document in (*plan.earlier, plan):
         for source in (document.base, *document.sources, *document.tokenizers):
-            if not immutable(source.reference):
+            if not is_immutable(source.reference):
                 yield from (file for file in source.files if file.name.endswith(".safetensors"))

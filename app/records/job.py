@@ -25,7 +25,8 @@ class Status(StrEnum):
 
 
 class Stage(StrEnum):
-    RESOLVING = "resolving"  # planning again, hashing sources
+    RESOLVING = "resolving"  # planning again
+    DOWNLOADING = "downloading"  # of what the hub has and the worker not yet
     MERGING = "merging"
     EVALUATING = "evaluating"
     PUBLISHING = "publishing"

@@ -20,6 +20,7 @@ from app.records.published import merged_files
 from app.records.quotas import NO_LIMITS, Limits
 from app.records.tables import uploads
 from app.settings import Settings
+from app.sources.hub.hub import Hub
 from app.sources.resolver import Resolver
 from app.sources.uploads import Upload
 
@@ -59,13 +60,16 @@ class OwnedUploads:
             return frozenset(connection.scalars(select(uploads.c.digest).where(uploads.c.owner == owner)))
 
 
-def resolver_of(owner: str, *, settings: Settings, jobs: Jobs, store: LocalStore) -> Resolver:
-    """Where ``owner``'s recipes lead: the roots, and of uploads and merges their own alone, also for an admin's key."""
+def resolver_of(owner: str, *, settings: Settings, jobs: Jobs, store: LocalStore, hub: Hub) -> Resolver:
+    """Where ``owner``'s recipes lead: the roots, the hub as far as the operator allows it, and of uploads and merges
+    their own alone, also for an admin's key.
+    """
     return Resolver(
         roots=settings.roots,
         uploads=settings.uploads,
         may_use=partial(OwnedUploads(jobs.database).has, owner),
         merges=partial(merged_files, jobs, store, owner),
+        hub=hub,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from app.errors import MergeyardError
@@ -17,7 +18,7 @@ from app.sources.adapter_kinds import refuse_other_kinds
 from app.sources.models import PICKLES, pin, read_json
 from app.sources.patterns import Patterns, is_adalora
 from app.sources.safetensors import FLOATS, Header, read_header
-from app.sources.source import AdapterSource, LoraModule, Scaling, TensorSpec, TokenRows
+from app.sources.source import AdapterSource, LoraModule, RemoteFile, Scaling, TensorSpec, TokenRows
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -28,8 +29,11 @@ MAX_SCALINGS = 1_000_000  # parameters that the config may mean, in all modules 
 TARGET = "weight"  # what LoRA adapts unless target_parameters names something else
 
 
-def load_adapter(files: Mapping[str, Path], reference: str) -> AdapterSource:
-    """Read an adapter's config and header. ``files`` maps names inside the adapter to real paths.
+def load_adapter(
+    files: Mapping[str, Path], reference: str, remote: Mapping[str, RemoteFile] = MappingProxyType({})
+) -> AdapterSource:
+    """Read an adapter's config and header. ``files`` maps names inside the adapter to real paths, ``remote`` those of
+    which only the header is here.
 
     Raises:
         MergeyardError: `source_not_found`, `pickle_refused`, `source_format`, what `refuse_other_kinds` raises,
@@ -39,7 +43,7 @@ def load_adapter(files: Mapping[str, Path], reference: str) -> AdapterSource:
         raise MergeyardError("source_not_found", f"{reference} has no {CONFIG}; it is not an adapter folder")
     config = read_json(files[CONFIG], reference)
     refuse_other_kinds(config, reference)
-    header = _weights(files, reference)
+    header = _weights(files, reference, remote)
     keys = sort_keys(header.tensors)
     _check_keys(keys, config, reference)
     patterns = Patterns(config, reference)
@@ -59,7 +63,7 @@ def load_adapter(files: Mapping[str, Path], reference: str) -> AdapterSource:
     )
 
 
-def _weights(files: Mapping[str, Path], reference: str) -> Header:
+def _weights(files: Mapping[str, Path], reference: str, remote: Mapping[str, RemoteFile]) -> Header:
     if WEIGHTS not in files:
         pickles = [name for name in files if name.endswith(PICKLES)]
         if pickles:
@@ -69,7 +73,7 @@ def _weights(files: Mapping[str, Path], reference: str) -> Header:
             )
             raise MergeyardError("pickle_refused", message)
         raise MergeyardError("source_not_found", f"{reference} has no {WEIGHTS}")
-    header = read_header(files[WEIGHTS], WEIGHTS)
+    header = read_header(files[WEIGHTS], WEIGHTS, remote.get(WEIGHTS))
     for key, tensor in header.tensors.items():
         if tensor.dtype not in FLOATS:
             raise _invalid(reference, f"{key} has the dtype {tensor.dtype}; factors are floating-point")

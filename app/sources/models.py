@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from app import strict_json
 from app.errors import MergeyardError
 from app.sources.opening import read_small
 from app.sources.safetensors import FLOATS, read_header
-from app.sources.source import ModelSource, SourceFile, TensorSpec
+from app.sources.source import ModelSource, RemoteFile, SourceFile, TensorSpec
 
 MAX_TENSORS = 500_000  # of one model, in all its files; each takes about a kilobyte of memory
 INDEX = "model.safetensors.index.json"
@@ -25,8 +26,12 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
+def load_model(
+    files: Mapping[str, Path], reference: str, remote: Mapping[str, RemoteFile] = MappingProxyType({})
+) -> ModelSource:
     """Read a model's headers and configs. ``files`` maps names inside the model to real paths.
+
+    ``remote``: those of which only the header is here.
 
     Raises:
         MergeyardError: `source_not_found` (no weights, no config, a missing shard), `pickle_refused`,
@@ -46,7 +51,7 @@ def load_model(files: Mapping[str, Path], reference: str) -> ModelSource:
     shards = []
     names, indexed = _shards(files, reference)
     for name in names:
-        header = read_header(files[name], name)
+        header = read_header(files[name], name, remote.get(name))
         shards.append(header.file)
         for tensor in header.tensors.values():
             if tensor.name in tensors:

@@ -1,7 +1,7 @@
 """References as users write them, in canonical form.
 
-``models:PATH`` below a root, ``upload:sha256-…``, ``merge:ID``, and a bare path as in a mergekit YAML. ``hf:`` and
-``s3:`` are known and not served yet.
+``models:PATH`` below a root, ``upload:sha256-…``, ``merge:ID``, ``hf:ORG/NAME@REVISION``, and a bare path as in a
+mergekit YAML. ``s3:`` is known and not served yet.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from typing import Literal
 
 from app.errors import MergeyardError
 
-Scheme = Literal["models", "upload", "merge", "bare"]
+Scheme = Literal["models", "upload", "merge", "hf", "bare"]
 UPLOAD = re.compile(r"sha256-[0-9a-f]{64}")
 MERGE_ID = re.compile(r"[\w.-]{1,96}", re.ASCII)
+REPOSITORY = re.compile(r"(?![.-])[\w.-]{1,96}(/(?![.-])[\w.-]{1,96})?", re.ASCII)
+REVISION = re.compile(r"(?!/)[\w./-]{1,200}", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+MAIN = "main"
 MAX_LENGTH = 1000
 
 
@@ -34,8 +38,8 @@ def parse_reference(text: str) -> Reference:
     if not text or len(text) > MAX_LENGTH or not text.isprintable():
         raise MergeyardError("reference_invalid", "A reference is a name of at most 1000 printable characters")
     scheme, colon, name = text.partition(":")
-    if colon and scheme in ("hf", "s3"):
-        message = f"{scheme}: references are not supported yet; put the files below a model root or upload them"
+    if colon and scheme == "s3":
+        message = "s3: references are not supported yet; put the files below a model root or upload them"
         raise MergeyardError("not_supported", message)
     if not colon or "/" in scheme:
         return Reference("bare", text)
@@ -53,8 +57,37 @@ def parse_reference(text: str) -> Reference:
             if not MERGE_ID.fullmatch(name):
                 raise MergeyardError("reference_invalid", f"{text[:80]} is not the id of a merge")
             return Reference("merge", name)
-    message = f"{scheme[:20]}: is not a kind of reference; use models:PATH, upload:DIGEST or merge:ID"
+        case "hf":
+            if not names_repository(name):
+                message = f"{text[:80]} is no model of the hub; they are named as hf:ORG/NAME or hf:ORG/NAME@REVISION"
+                raise MergeyardError("reference_invalid", message)
+            return Reference("hf", name)
+    message = (
+        f"{scheme[:20]}: is not a kind of reference; use models:PATH, upload:DIGEST, merge:ID or hf:ORG/NAME@REVISION"
+    )
     raise MergeyardError("reference_invalid", message)
+
+
+def names_repository(name: str) -> bool:
+    """Whether a text may be a repository of the hub, with or without a revision."""
+    repository, revision = split_revision(name)
+    ambiguous = ".." in name or "--" in repository
+    return not ambiguous and bool(REPOSITORY.fullmatch(repository)) and bool(REVISION.fullmatch(revision))
+
+
+def split_revision(name: str) -> tuple[str, str]:
+    """``ORG/NAME@REVISION`` → (repository, revision); without one it is the branch main."""
+    repository, at, revision = name.partition("@")
+    return repository, revision if at else MAIN
+
+
+def is_immutable(text: str) -> bool:
+    """Whether what a canonical reference names never changes, as uploads, merges and commits of the hub do not."""
+    return all(
+        part.startswith(("upload:", "merge:"))
+        or (part.startswith("hf:") and bool(COMMIT.fullmatch(split_revision(part)[1])))
+        for part in text.split("+")
+    )
 
 
 def split_adapter(text: str) -> tuple[str, str | None]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from app.errors import MergeyardError
 from app.sources.adapters import load_adapter
+from app.sources.hub.hub import Hub
 from app.sources.models import companions_of, load_model
-from app.sources.references import Reference, parse_reference
-from app.sources.source import AdapterSource, ModelSource, SourceFile
+from app.sources.references import Reference, names_repository, parse_reference
+from app.sources.source import AdapterSource, ModelSource, RemoteFile, SourceFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,14 +23,25 @@ class MergedFiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a reference leads to: real paths by name. Of those that are ``remote`` nothing but the header is here."""
+
+    reference: Reference
+    files: Mapping[str, Path]
+    remote: Mapping[str, RemoteFile] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resolver:
     """Where references lead.
 
     ``roots`` are the allow-listed folders; ``uploads`` the content-addressed store, of which ``may_use`` (of a digest,
     sha256 hex) says what is there for whoever asks; ``merges`` finds a published merge by id, or raises
     `source_not_found`; ``local`` (only for local commands, never the service) lets bare references be
-    plain paths, absolute or relative to that folder. ``documents`` are the models that the recipe's other documents
-    make, by what it calls them; they are meant before anything else. No path is called by one of their ``names``.
+    plain paths, absolute or relative to that folder. ``hub`` is asked for ``hf:`` references, and for bare ones that
+    are nowhere else; a revision that moves meanwhile stays what it was when it was first met (``met``). ``documents``
+    are the models that the recipe's other documents make, by what it calls them; they are meant before anything else.
+    No path is called by one of their ``names``.
     """
 
     roots: Sequence[Path] = ()
@@ -37,6 +49,8 @@ class Resolver:
     may_use: Callable[[str], bool] = lambda _: True
     merges: Callable[[str], MergedFiles] | None = None
     local: Path | None = None
+    hub: Hub | None = None
+    met: dict[str, Found] = field(default_factory=dict)
     documents: Mapping[str, ModelSource] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
 
@@ -44,23 +58,22 @@ class Resolver:
         """A full model. Raises MergeyardError as `canonical` and `load_model` do."""
         if text in self.documents:
             return self.documents[text]
-        reference, files = self._files(text)
-        return load_model(files, str(reference))
+        found = self._find(text)
+        return load_model(found.files, str(found.reference), found.remote)
 
     def adapter(self, text: str) -> AdapterSource:
         """A PEFT adapter. Raises MergeyardError as `canonical` and `load_adapter` do."""
         if text in self.documents:
             message = f"{text} is a document of this recipe, which makes a model; name it under `model:`"
             raise MergeyardError("reference_invalid", message)
-        reference, files = self._files(text)
-        return load_adapter(files, str(reference))
+        found = self._find(text)
+        return load_adapter(found.files, str(found.reference), found.remote)
 
     def companions(self, text: str) -> tuple[SourceFile, ...]:
         """What travels with a model's weights, where only that is wanted. Raises MergeyardError as `canonical` does."""
         if text in self.documents:
             return self.documents[text].companions
-        _, files = self._files(text)
-        return companions_of(files)
+        return companions_of(self._find(text).files)
 
     def canonical(self, text: str) -> str:
         """The canonical form of a reference that exists (two spellings of one source become equal).
@@ -68,16 +81,17 @@ class Resolver:
         Of ``base+adapter`` each part is put into its own.
 
         Raises:
-            MergeyardError: `reference_invalid`, `not_supported`, `path_outside_roots`, `source_not_found`.
+            MergeyardError: `reference_invalid`, `not_supported`, `path_outside_roots`, `source_not_found`, and what
+                `Hub.files` raises.
         """
         if text in self.documents:
             return self.documents[text].reference
         parts = text.split("+")
         if len(parts) > 1 and all(parts):
             return "+".join(map(self.canonical, parts))
-        return str(self._files(text)[0])
+        return str(self._find(text).reference)
 
-    def _files(self, text: str) -> tuple[Reference, Mapping[str, Path]]:
+    def _find(self, text: str) -> Found:
         reference = parse_reference(text)
         match reference.scheme:
             case "upload":
@@ -85,24 +99,49 @@ class Resolver:
                     digest = reference.name.removeprefix("sha256-")
                     upload = self.uploads / digest
                     if self.may_use(digest) and upload.is_dir():
-                        return reference, list_files(upload, within=upload)
+                        return Found(reference=reference, files=list_files(upload, within=upload))
                 raise MergeyardError("source_not_found", f"{text} does not exist; upload the files again")
             case "merge":
                 if self.merges is None:
                     raise MergeyardError("source_not_found", f"{text} can be used through the service only")
-                return reference, {name: path.resolve() for name, path in self.merges(reference.name).files.items()}
+                files = {name: path.resolve() for name, path in self.merges(reference.name).files.items()}
+                return Found(reference=reference, files=files)
             case "models":
                 return self._below_roots(reference.name, text)
+            case "hf":
+                if self.hub is None:
+                    raise MergeyardError("hub_not_allowed", f"{text} cannot be fetched: no hub is asked here")
+                return self._on_hub(self.hub, reference.name)
             case "bare":
                 if self.local is not None and os.path.isdir(folder := self.local / reference.name):  # noqa: PTH112
                     # relative to the recipe where it can be, so that two spellings of one folder are equal
                     real, here = folder.resolve(), self.local.resolve()
                     name = real.relative_to(here).as_posix() if real.is_relative_to(here) else real.as_posix()
                     name = real.as_posix() if name in self.names else name
-                    return Reference("bare", name), list_files(folder)
-                return self._below_roots(reference.name, text)
+                    return Found(reference=Reference("bare", name), files=list_files(folder))
+                return self._below_roots_or_on_hub(reference.name, text)
 
-    def _below_roots(self, path: str, text: str) -> tuple[Reference, Mapping[str, Path]]:
+    def _below_roots_or_on_hub(self, name: str, text: str) -> Found:
+        """Where mergekit would look for it, too."""
+        try:
+            return self._below_roots(name, text)
+        except MergeyardError as error:
+            on_hub = "/" in name and names_repository(name) and self.hub is not None and self.hub.allows(name)
+            if error.code != "source_not_found" or not on_hub:
+                raise
+            assert self.hub is not None
+            try:
+                return self._on_hub(self.hub, name)
+            except MergeyardError as missing:
+                raise MergeyardError(missing.code, f"{error.message}. {missing.message}") from None
+
+    def _on_hub(self, hub: Hub, name: str) -> Found:
+        if name not in self.met:
+            there = hub.files(name)
+            self.met[name] = Found(reference=there.reference, files=there.paths, remote=there.remote)
+        return self.met[name]
+
+    def _below_roots(self, path: str, text: str) -> Found:
         """The first root that holds ``path``. What leads outside a root, by .. or by a link, is refused."""
         if not self.roots:
             message = f"{text} cannot be looked up: the service has no model roots (MERGEYARD_MODEL_ROOTS)"
@@ -119,13 +158,14 @@ class Resolver:
                 escaped = True
             elif found:
                 name = folder.relative_to(real_root).as_posix()
-                return Reference("models", name), list_files(folder, within=real_root)
+                return Found(reference=Reference("models", name), files=list_files(folder, within=real_root))
         if escaped:
             message = f"{text} leads outside the model roots; name a folder below one of them"
             raise MergeyardError("path_outside_roots", message)
         message = f"{text} is not below any model root; GET /sources lists what is there"
         if "@" in path:
             message += ". Folders have no revisions: leave out what follows the @, unless a folder is named so"
+            message += ". Of the hub it would be hf:ORG/NAME@REVISION"
         raise MergeyardError("source_not_found", f"{message}{self._or_documents()}")
 
     def _or_documents(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from app import strict_json
 from app.errors import MergeyardError
 from app.sources.opening import open_source
-from app.sources.source import SourceFile, TensorSpec
+from app.sources.source import RemoteFile, SourceFile, TensorSpec
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8
@@ -68,8 +68,10 @@ def header(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def read_header(path: Path, name: str = "") -> Header:
+def read_header(path: Path, name: str = "", remote: RemoteFile | None = None) -> Header:
     """Read and check one file's header. ``name`` is what the file is called inside its model (its own, if not given).
+
+    Of a ``remote`` one nothing but the header is here.
 
     Raises:
         MergeyardError: `source_format` where lengths, offsets, dtypes, shapes or sizes do not add up;
@@ -99,9 +101,10 @@ def read_header(path: Path, name: str = "") -> Header:
     file = SourceFile(
         name=name,
         path=path,
-        size=status.st_size,
+        size=status.st_size if remote is None else remote.size,
         mtime_ns=status.st_mtime_ns,
         header_sha256=hashlib.sha256(prefix + text).hexdigest(),
+        remote=remote,
     )
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -13,6 +13,17 @@ from typing import Any, TypeVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFile:
+    """A file of the hub. ``digest`` is its sha256 in hex, or of a small one the id that git gives it (sha1)."""
+
+    repository: str
+    commit: str
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
     """A file and what pins it: a file whose size, mtime or header differs later is another file.
 
@@ -22,6 +33,8 @@ class SourceFile:
 
     What another document of the recipe will have made is a file too, before it is there. A small one has its
     ``content`` from the start; of weights ``header_sha256`` stands for the plan that makes them.
+
+    ``remote``: the weights are still there; ``path`` has the header alone, which is enough for a plan.
     """
 
     name: str
@@ -30,6 +43,7 @@ class SourceFile:
     mtime_ns: int
     header_sha256: str
     content: bytes | None = field(default=None, compare=False, repr=False)
+    remote: RemoteFile | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

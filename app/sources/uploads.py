@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 import shutil
 import time
@@ -14,17 +13,17 @@ from pathlib import Path
 
 from app.artifacts.disk import Filling, check_free
 from app.errors import MergeyardError
+from app.sources.accepted import is_accepted
 from app.sources.adapters import CONFIG as ADAPTER_CONFIG
 from app.sources.adapters import load_adapter
-from app.sources.models import COMPANIONS, INDEX, PICKLES, load_model
+from app.sources.models import PICKLES, load_model
 from app.sources.opening import MAX_SMALL_BYTES
 from app.sources.resolver import list_files
 
 STAGING = ".staging-"
 ABANDONED_SECONDS = 86_400.0
 MAX_FILES = 200
-SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,120}", re.ASCII)
-ALLOWED = frozenset({"config.json", ADAPTER_CONFIG, INDEX, "README.md", *COMPANIONS})
+CARD = "README.md"  # taken so that whole folders can be sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +101,7 @@ class UploadDraft:
         if name.endswith(PICKLES):
             message = f"{name[-80:]} is a pickle, which can run code when loaded; send safetensors"
             raise MergeyardError("pickle_refused", message, where=name[-80:])
-        if not SAFE_NAME.fullmatch(name) or not (name in ALLOWED or name.endswith(".safetensors")):
+        if name != CARD and not is_accepted(name):
             message = (
                 f"{name[-80:]!r} is not taken: send plain file names of safetensors, config, tokenizer and index files"
             )

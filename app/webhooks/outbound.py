@@ -17,6 +17,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
+from app.addresses import Address, address_of, is_public
+
 MAX_URL = 2000
 PORTS = {"http": 80, "https": 443}
 TOTAL_SECONDS = 15.0  # for a whole attempt, however slowly the other side drips
@@ -24,10 +26,6 @@ CONNECT_SECONDS = 5.0
 MOST_ADDRESSES = 3  # that are tried
 
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?", re.ASCII)
-# Ways to write an IPv4 address as IPv6: a gateway on the way would turn them back.
-_TRANSLATED = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")))
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Refused(Exception):  # noqa: N818 — an outcome of an attempt
@@ -98,7 +96,7 @@ class Target:
             found = await asyncio.get_running_loop().getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError:
             raise Refused("its host has no address") from None
-        addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+        addresses = list(map(address_of, found))
         if not self.private and not all(map(is_public, addresses)):
             raise Refused("its host has an address of a private network")
         return list(dict.fromkeys(addresses))[:MOST_ADDRESSES]
@@ -134,16 +132,6 @@ async def _post_to(address: Address, target: Target, body: bytes, headers: Mappi
         ) as answer,
     ):
         return answer.status_code  # its body is never read
-
-
-def is_public(address: Address) -> bool:
-    """Whether anybody on the internet has this address."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return is_public(address.ipv4_mapped)
-        if any(address in network for network in _TRANSLATED):
-            return False
-    return address.is_global and not address.is_multicast
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def test_a_loop_of_links_is_not_found(root: Path) -> None:
         ("upload:nonsense", "reference_invalid"),
         ("merge:nope", "source_not_found"),
         ("merge:../x", "reference_invalid"),
-        ("hf:org/name@main", "not_supported"),
+        ("hf:org/name@main", "hub_not_allowed"),
         ("s3://bucket/key", "not_supported"),
         ("ftp:x", "reference_invalid"),
         ("", "reference_invalid"),

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from app.addresses import is_public
 from app.webhooks import outbound
-from app.webhooks.outbound import Allowed, Refused, is_public, post
+from app.webhooks.outbound import Allowed, Refused, post
 from tests.webhooks.receiver import answering, dripping, endless, hanging, receiving
 
 ALLOWED = Allowed.read("hooks.example.com, *.example.org, hooks.example.net:8443", "127.0.0.1:9000, intern")

@@ -28,6 +28,7 @@ def place_in(yard: Yard) -> Workplace:
         settings=yard.settings,
         jobs=yard.jobs,
         bell=yard.bell,
+        hub=yard.hub,
         store=yard.store,
         kernels=load("reference"),
         digests=DigestCache(None),

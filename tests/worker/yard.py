@@ -24,6 +24,7 @@ from app.records.job import Job, NewJob
 from app.records.jobs import Jobs
 from app.records.owned import resolver_of
 from app.settings import Settings
+from app.sources.hub.hub import Hub, HubSettings
 from app.sources.resolver import Resolver
 from tests import tiny
 
@@ -40,6 +41,7 @@ class Yard:
     bell: Bell
     store: LocalStore
     janitor: Janitor
+    hub: Hub
 
     def submit(
         self,
@@ -71,7 +73,7 @@ class Yard:
         return job
 
     def resolver(self, owner: str) -> Resolver:
-        return resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store)
+        return resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store, hub=self.hub)
 
     def finish(self, job: Job, *, seconds: float = 60) -> Job:
         """The job, once it is finished."""
@@ -121,12 +123,14 @@ def open_yard(
     database.migrate()
     jobs, store = Jobs(database), LocalStore(made.artifacts)
     janitor = Janitor(jobs, bell, 0.5, store)
+    hub = Hub(HubSettings.of(made))
     if tidy:
         janitor.start()
     try:
-        yield Yard(settings=made, jobs=jobs, bell=bell, store=store, janitor=janitor)
+        yield Yard(settings=made, jobs=jobs, bell=bell, store=store, janitor=janitor, hub=hub)
     finally:
         janitor.stop()
+        hub.close()
         bell.close()
         database.close()
 

@@ -1,0 +1,121 @@
+"""Files of the hub, brought here whole: several at once, resumed, bounded and verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from threading import Event
+from typing import TYPE_CHECKING
+
+from app.errors import NO_SPACE, MergeyardError
+from app.sources.hub.cache import HubCache, Part
+from app.sources.source import RemoteFile
+
+if TYPE_CHECKING:
+    from app.sources.hub.wire import Wire
+
+FILES_AT_ONCE = 4
+TRIES = 5  # in a row that bring nothing
+PAUSE_SECONDS = 0.5  # before the second, and twice as long before each one after it
+LONGEST_PAUSE = 8.0
+LOOK_SECONDS = 0.2  # between two checks whether to go on
+
+
+class _Stopped(Exception):  # noqa: N818 — news, not an error
+    """Another file failed, or whoever waits was told to stop."""
+
+
+class Transfer:
+    """Of ``files`` those that are not here whole: ``total`` bytes, of which what is here in part counts as done."""
+
+    def __init__(self, files: Iterable[RemoteFile], cache: HubCache, wire: Callable[[], Wire]) -> None:
+        by_digest = {file.digest: file for file in files}
+        self.files = [file for file in by_digest.values() if cache.whole(file) is None]
+        self.total = sum(file.size for file in self.files)
+        self._cache, self._wire = cache, wire
+        self._here: dict[str, int] = dict.fromkeys((file.digest for file in self.files), 0)
+        self._stop = Event()
+
+    def run(
+        self,
+        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Bring them here. ``on_progress`` is told the bytes that are here and those in all; ``check`` may raise.
+
+        Raises:
+            MergeyardError: `hub_unavailable`, `hub_forbidden`, `source_not_found`, `hub_not_allowed`,
+                `digest_mismatch`, `disk_full`; or what ``check`` raised. What has arrived is kept for the next time.
+        """
+        if not self.files:
+            return
+        wire = self._wire()
+        with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="hub") as pool:
+            fetched: list[Future[None]] = [pool.submit(self._fetch, wire, file) for file in self.files]
+            try:
+                while (states := wait(fetched, LOOK_SECONDS, FIRST_EXCEPTION)).not_done:
+                    check()
+                    on_progress(sum(self._here.values()), self.total)
+                    for future in states.done:
+                        future.result()
+                for future in fetched:
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                raise
+        on_progress(self.total, self.total)
+
+    def _fetch(self, wire: Wire, file: RemoteFile) -> None:
+        try:
+            # A leftover may belong to something else; a fresh file has no such excuse.
+            for _ in range(2):
+                with self._cache.part(file, lambda size: self._pause(file, size, LOOK_SECONDS)) as part:
+                    if part is None:
+                        self._here[file.digest] = file.size
+                        return
+                    resumed = part.size > 0
+                    self._complete(wire, file, part)
+                    if part.finish():
+                        return
+                if not resumed:
+                    break
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            message = f"{file.name} of {file.repository} ({file.size} bytes) has no room on the disk of what is fetched"
+            raise MergeyardError("disk_full", message) from error
+        message = f"{file.name} of {file.repository}@{file.commit[:12]} arrived with another digest than the hub tells"
+        raise MergeyardError("digest_mismatch", message)
+
+    def _complete(self, wire: Wire, file: RemoteFile, part: Part) -> None:
+        """Go on until all bytes are there; a connection that breaks is taken up again where it broke."""
+        import httpx2  # noqa: PLC0415 (as Hub._wire)
+
+        failures = 0
+        while part.size < file.size:
+            before = part.size
+            problem: MergeyardError
+            try:
+                with wire.opened(file, part.size) as pieces:
+                    for piece in pieces:
+                        part.write(piece)
+                        self._pause(file, part.size)
+                problem = wire.ended(file, part.size)
+            except httpx2.RequestError as error:
+                problem = wire.broken(error)
+            except MergeyardError as error:
+                if error.code != "hub_unavailable":
+                    raise
+                problem = error
+            if part.size == file.size:
+                return
+            failures = 1 if part.size > before else failures + 1
+            if failures >= TRIES:
+                raise problem
+            self._pause(file, part.size, min(LONGEST_PAUSE, PAUSE_SECONDS * 2 ** (failures - 1)))
+
+    def _pause(self, file: RemoteFile, size: int, seconds: float = 0.0) -> None:
+        """Note what is here, and wait, unless it is over."""
+        self._here[file.digest] = min(size, file.size)
+        if self._stop.wait(seconds) if seconds else self._stop.is_set():
+            raise _Stopped
