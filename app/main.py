@@ -41,6 +41,8 @@ from app.api.service import Service
 from app.api.streams import Streams
 from app.api.turns import Turns
 from app.artifacts.store import LocalStore
+from app.dashboard.frame import Pages
+from app.dashboard.pages import ROUTERS as PAGES
 from app.records.aliases import Aliases
 from app.records.audit import Audit
 from app.records.bell import Bell
@@ -124,6 +126,7 @@ def create_app(settings: Settings) -> FastAPI:
     api.add_middleware(BodyLimit, default=settings.max_body_bytes, limits={"/uploads": settings.max_upload_bytes})
     api.add_middleware(Gate)
     api.add_middleware(RequestIds)
+    api.add_middleware(Pages)
     api.add_middleware(Measured)
     resources = (
         merges,
@@ -141,7 +144,7 @@ def create_app(settings: Settings) -> FastAPI:
         metrics,
         docs,
     )
-    routers = [resource.router for resource in resources]
+    routers = [*(resource.router for resource in resources), *PAGES]
     for router in routers:
         api.include_router(router)
     openapi.install(api)

@@ -38,6 +38,7 @@ class Presented:
     request_id: str
     bearer: str | None
     cookie: str | None
+    form: bool = False  # of a page, which carries its session's token itself and is checked by ``frame.own_form``
 
     @property
     def writes(self) -> bool:
@@ -85,6 +86,8 @@ def presented(scope: ASGIScope) -> Presented:
         request_id=connection.state.request_id,
         bearer=text.strip() if scheme.lower() == "bearer" else None,
         cookie=connection.cookies.get(cookie_name(scope["scheme"])),
+        form=scope["path"].startswith("/ui/")
+        and connection.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"),
     )
 
 
@@ -97,7 +100,7 @@ def _check_own_page(request: Presented, session: Session) -> None:
     """A browser adds its cookies to what any page asks for: what may change something must come from ours."""
     check_same_site(request.method, request.headers)
     token = request.headers.get("x-csrf-token", "")
-    if request.writes and not hmac.compare_digest(token.encode(), session.csrf_token.encode()):
+    if request.writes and not request.form and not hmac.compare_digest(token.encode(), session.csrf_token.encode()):
         message = "With a session, send the `csrf_token` of GET /session as X-CSRF-Token."
         raise MergeyardError("csrf_token_wrong", message, where="header.X-CSRF-Token")
 

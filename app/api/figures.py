@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import (
@@ -60,6 +61,14 @@ KNOWN: Mapping[str, Collection[str]] = {
 }
 
 
+class DiskUsage(NamedTuple):
+    """Of a disk, in bytes."""
+
+    total: int
+    used: int
+    free: int
+
+
 class Figures:
     """The metrics of one API process. Safe to share between threads."""
 
@@ -72,6 +81,7 @@ class Figures:
         quota_bytes: int | None,
     ) -> None:
         """``folders`` by name: the free space of each one's disk is told. ``quota_bytes``: the whole service's."""
+        self.folders = folders
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "mergeyard_http_requests",
@@ -125,7 +135,7 @@ class _Recorded(Collector):
         for part, error in found.items():
             ready.add_metric([part], error is None)
         yield ready
-        yield from _disks(self._folders)
+        yield from _disk_families(self._folders)
         if found["database"] is None:
             yield from load_families(self._tally.load())
             yield from total_families(self._tally.totals())
@@ -189,13 +199,19 @@ def _named(queues: Sequence[Waiting]) -> Iterator[Waiting]:
         )
 
 
-def _disks(folders: Mapping[str, Path]) -> Iterator[Metric]:
-    free = GaugeMetricFamily("mergeyard_disk_free_bytes", "Free space of a folder's disk.", labels=["folder"])
-    size = GaugeMetricFamily("mergeyard_disk_size_bytes", "Size of a folder's disk.", labels=["folder"])
+def disks(folders: Mapping[str, Path]) -> Iterator[tuple[str, DiskUsage]]:
+    """Each folder's disk; of a folder that is not there yet, the one on which it will be."""
     for name, folder in folders.items():
         existing = next((path for path in (folder, *folder.parents) if path.is_dir()), None)
         if existing is not None:
-            usage = shutil.disk_usage(existing)
-            free.add_metric([name], usage.free)
-            size.add_metric([name], usage.total)
+            total, used, free = shutil.disk_usage(existing)
+            yield name, DiskUsage(total, used, free)
+
+
+def _disk_families(folders: Mapping[str, Path]) -> Iterator[Metric]:
+    free = GaugeMetricFamily("mergeyard_disk_free_bytes", "Free space of a folder's disk.", labels=["folder"])
+    size = GaugeMetricFamily("mergeyard_disk_size_bytes", "Size of a folder's disk.", labels=["folder"])
+    for name, usage in disks(folders):
+        free.add_metric([name], usage.free)
+        size.add_metric([name], usage.total)
     yield from (free, size)

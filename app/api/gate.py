@@ -20,8 +20,10 @@ from app.errors import MergeyardError
 from app.records.key import Caller
 
 # Probes carry no keys: /healthz and /readyz say which part works, and nothing about anybody's merges. The API's
-# description is as public as the package that it comes with.
-OPEN = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+# description is as public as the package that it comes with, and so are the files of its pages. Where one signs in one
+# has no session yet; / only leads to the pages.
+OPEN = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json", "/", "/ui/sign-in"})
+OPEN_BELOW = "/ui/static/"
 
 
 class Gate:
@@ -31,7 +33,7 @@ class Gate:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in OPEN or scope["path"].startswith(OPEN_BELOW):
             await self._app(scope, receive, send)
             return
         request = presented(scope)

@@ -10,7 +10,7 @@ from pydantic import Field
 from app.api.answers import SET_COOKIE
 from app.api.callers import Known, cookie_name
 from app.api.schemas import Document
-from app.api.service import Serving
+from app.api.service import Service, Serving
 from app.errors import MergeyardError
 from app.records.key import Caller, Scope, Session
 
@@ -51,19 +51,7 @@ def open_session(caller: Known, serving: Serving, request: Request, response: Re
     if caller.key_id is None or caller.session is not None:
         message = "A session is made from a key: send one as `Authorization: Bearer mrg_…`."
         raise MergeyardError("key_required", message, where="header.Authorization")
-    session = serving.sessions.open(timedelta(hours=serving.settings.session_hours), by=caller)
-    secure = request.url.scheme == "https"
-    response.set_cookie(
-        cookie_name(request.url.scheme),
-        session.text,
-        expires=session.expires_at,
-        path="/",
-        secure=secure,
-        httponly=True,
-        samesite="strict",  # also not for a link from elsewhere: such a page asks again, from its own origin
-    )
-    response.headers["Cache-Control"] = "no-store"
-    return SessionDocument.of(caller, session)
+    return SessionDocument.of(caller, start_session(serving, caller, request, response))
 
 
 @router.get("", response_model=SessionDocument, summary="Who am I?")
@@ -79,11 +67,32 @@ def close_session(caller: Known, serving: Serving, request: Request) -> Response
     if caller.session is not None:
         serving.sessions.close(caller.session, by=caller)
     signed_out = Response(status_code=204)
-    signed_out.delete_cookie(
+    forget_cookie(request, signed_out)
+    return signed_out
+
+
+def start_session(serving: Service, caller: Caller, request: Request, response: Response) -> Session:
+    """A session made from the caller's key; the response sets its cookie."""
+    session = serving.sessions.open(timedelta(hours=serving.settings.session_hours), by=caller)
+    response.set_cookie(
+        cookie_name(request.url.scheme),
+        session.text,
+        expires=session.expires_at,
+        path="/",
+        secure=request.url.scheme == "https",
+        httponly=True,
+        samesite="strict",  # also not for a link from elsewhere: such a page asks again, from its own origin
+    )
+    response.headers["Cache-Control"] = "no-store"
+    return session
+
+
+def forget_cookie(request: Request, response: Response) -> None:
+    """The response makes a browser forget its session."""
+    response.delete_cookie(
         cookie_name(request.url.scheme),
         path="/",
         httponly=True,
         samesite="strict",
         secure=request.url.scheme == "https",
     )
-    return signed_out
