@@ -324,5 +324,6 @@ audit = Table(
     Column("data", JSON, nullable=False),
     Index(None, "owner", "id"),
     Index(None, "action", "id"),
+    Index(None, "owner", "action", "id"),
     sqlite_autoincrement=True,
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from alembic import command
-from sqlalchemy import text, update
+from sqlalchemy import event, text, update
 
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
@@ -265,6 +266,57 @@ def test_sums_that_somebody_broke_are_mended_while_jobs_come_and_go(jobs: Jobs, 
     assert (found.reserved, found.unfinished, found.artifacts) == (300, 3, 5)
     assert quotas.of_owner("bob").reserved == kept[2].reserved_bytes
     assert not quotas.recount()
+
+
+def test_sums_are_mended_after_a_change_that_is_not_committed_yet(jobs: Jobs, quotas: Quotas) -> None:
+    database = jobs.database
+    stays, ends = (jobs.submit(new_job(owner="alice"))[0] for _ in range(2))
+    with database.write() as connection:
+        connection.execute(update(usage).values(reserved_bytes=7_000_000, unfinished=7))
+    reached, go_on, recounting = threading.Event(), threading.Event(), threading.Event()
+    cancelling = threading.Thread(target=lambda: jobs.request_cancel(ends.id))
+
+    def recount() -> None:
+        recounting.set()
+        quotas.recount()
+
+    def before_commit(_: object) -> None:
+        if threading.current_thread() is cancelling:
+            reached.set()
+            assert go_on.wait(10)
+
+    mending = threading.Thread(target=recount)
+    event.listen(database.engine, "commit", before_commit)
+    try:
+        cancelling.start()
+        assert reached.wait(10)
+        mending.start()
+        assert recounting.wait(10)
+        wait_until_blocked(database)
+    finally:
+        go_on.set()
+        cancelling.join()
+        mending.join()
+        event.remove(database.engine, "commit", before_commit)
+    found = quotas.of_owner("alice")
+    assert (found.reserved, found.unfinished) == (stays.reserved_bytes, 1)
+
+
+def wait_until_blocked(database: Database) -> None:
+    """Until a transaction waits for another's lock; on SQLite, where nobody tells, for a moment."""
+    if database.dialect == "sqlite":
+        wait_a_moment(database)
+        return
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    deadline = time.monotonic() + 10
+    while True:
+        with database.read() as connection:
+            if connection.scalar(waiting):
+                return
+        assert time.monotonic() < deadline, "nobody waits"
+        time.sleep(0.01)
 
 
 def test_unfinished_jobs_are_added_up_from_an_index_of_their_own(database: Database, jobs: Jobs) -> None:
