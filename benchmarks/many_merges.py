@@ -1,7 +1,8 @@
 """Very many queued merges of a tiny model, every recipe different, by a few workers: what each request takes meanwhile.
 
 One client submits as fast as it is answered, and looks at an earlier merge after each submission; then it goes on
-looking until all are done. So the last submissions meet the longest queue, and the last looks the largest table.
+looking, as fast as it is answered, until all are done. So the last submissions meet the longest queue, the last looks
+the largest table, and the workers share the machine with the client from the first request to the last.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from app.records.upkeep import Upkeep
 from app.settings import Settings
 from benchmarks.latencies import Latencies
 from benchmarks.service import migrated, running
+from benchmarks.strangers import Strangers
 from tests import servers, tiny
 
 SPAN = 1_000  # requests at the beginning and at the end that are compared
 QUEUE = "default"
-LOOK_SECONDS = 0.1  # between looks once everything is submitted
+COUNT_SECONDS = 1.0  # between counts of what is done
 SAMPLE_SECONDS = 2.0  # between counts of the doorbells
 STUCK_SECONDS = 300.0  # without a merge that ends: given up
 
@@ -54,10 +56,12 @@ def measure(dialect: str, merges: int, workers: int, tell: Progress) -> dict[str
         stack.callback(bell.close)
         http = stack.enter_context(running(settings, workers=workers))
         _warm(http, database, workers)
+        strangers = Strangers(database)
         load = _Load(http, database, bell)
         load.submit(merges, tell)
         load.watch(merges, tell)
-        return {"merges": merges, "workers": workers, **load.found(), **_ends(database)}
+        found = {"merges": merges, "workers": workers, "others": strangers.share()}
+        return {**found, **load.found(), **_ends(database)}
 
 
 @contextmanager
@@ -120,11 +124,13 @@ class _Load:
 
     def watch(self, merges: int, tell: Progress) -> None:
         """Until all are done. Raises AssertionError where none ends for ``STUCK_SECONDS``."""
-        moved, done = time.monotonic(), -1
+        moved, done, counted = time.monotonic(), -1, 0.0
         while done < merges:
             self._look()
             self._sample()
-            time.sleep(LOOK_SECONDS)
+            if time.monotonic() - counted < COUNT_SECONDS:
+                continue
+            counted = time.monotonic()
             now = merges - _unfinished(self._database)
             if now != done:
                 moved, done = time.monotonic(), now

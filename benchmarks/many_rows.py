@@ -32,6 +32,7 @@ from app.sources.resolver import Resolver
 from benchmarks import rows
 from benchmarks.latencies import Latencies
 from benchmarks.service import migrated, running
+from benchmarks.strangers import Strangers
 from tests import servers, tiny
 
 FEW = 1_000
@@ -66,9 +67,18 @@ def measure(dialect: str, count: int, requests: int, tell: Progress) -> dict[str
             keys = _keys(database)
             http = stack.enter_context(running(settings))
             pairs[size] = dict(_requests(http, database, keys))
+        strangers = Strangers(*databases.values())
         found = _in_turn(pairs, requests, tell)
         upkeep = _in_turn({size: _upkeep(database) for size, database in databases.items()}, 30, tell, warm=2)
-    return {"rows": count, "few": FEW, "filled_seconds": filled, "requests": found, "upkeep": upkeep}
+        others = strangers.share()
+    return {
+        "rows": count,
+        "few": FEW,
+        "filled_seconds": filled,
+        "others": others,
+        "requests": found,
+        "upkeep": upkeep,
+    }
 
 
 @contextmanager

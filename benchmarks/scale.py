@@ -49,7 +49,7 @@ def main() -> None:
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     began = datetime.now(UTC)
-    processor, load = psutil.cpu_times(), os.getloadavg()[0]
+    load = os.getloadavg()[0]
     with _bars() as tell:
         if options.what == "rows":
             from benchmarks import many_rows  # noqa: PLC0415 (imports torch, which a report needs not)
@@ -67,7 +67,6 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         "commit": _commit(),
         "machine": _machine(),
         "load": load,
-        "others": _others(processor),
         **found,
     }
 
@@ -75,16 +74,6 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 def _machine() -> str:
     memory = psutil.virtual_memory().total / 1e9
     return f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GB of memory, Linux {os.uname().release}"
-
-
-def _others(before: Any) -> float:
-    """The share of all processor time since ``before`` that neither this process tree nor idleness had."""
-    now = psutil.cpu_times()
-    whole = sum(now) - sum(before)
-    busy = whole - (now.idle - before.idle) - (now.iowait - before.iowait)
-    ended = os.times()
-    own = ended.user + ended.system + ended.children_user + ended.children_system
-    return max(0.0, (busy - own) / whole) if whole else 0.0
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def watch(
     A command whose last line of output is what ``Clock.report`` prints is taken at its word; any other's time is that
     of its process.
     """
-    used, busy = _children_processor(), _machine_processor()
+    used, busy = _children_processor(), machine_seconds()
     began = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -82,7 +82,7 @@ def watch(
     whole = time.perf_counter() - began
     watcher.join()
     processor = _children_processor() - used
-    others = max(0.0, _machine_processor() - busy - processor)
+    others = max(0.0, machine_seconds() - busy - processor)
     stopped = peaks.stopped
     if stopped is None and process.returncode == -signal.SIGKILL:
         stopped = "over memory"  # by the kernel, faster than we looked
@@ -107,8 +107,8 @@ def _children_processor() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _machine_processor() -> float:
-    """Of everybody on all cores, and what the machine below took away."""
+def machine_seconds() -> float:
+    """Processor time of everybody on all cores, and what the machine below took away."""
     times = psutil.cpu_times()
     return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guests are in user and nice
 
