@@ -95,7 +95,7 @@ def one_api(folder: Path, database_url: str) -> Iterator[tuple[str, psutil.Proce
     database.migrate()
     with (
         tempfile.TemporaryDirectory(prefix="mergeyard-") as short,
-        ValkeyServer(unix_socket_path=Path(short, "s")),
+        ValkeyServer(unix_socket_path=Path(short, "s"), port=0),
         socket.socket() as listener,
         (folder / "api.log").open("wb") as log,
     ):

@@ -48,7 +48,7 @@ def short_folder() -> Iterator[Path]:
 @contextmanager
 def valkey(socket: Path) -> Iterator[str]:
     """A Valkey of our own on a Unix socket, as ``mergeyard up`` runs one. The broker's URL."""
-    with ValkeyServer(unix_socket_path=socket):
+    with ValkeyServer(unix_socket_path=socket, port=0):
         yield f"redis+socket://{socket}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Collection
 from typing import Annotated, Any
@@ -77,8 +78,7 @@ async def submit(
     places; what is accepted (202) reaches exactly one of succeeded, failed, cancelled. Where you have a result of the
     same fingerprint, whose sources nobody has touched since, it has succeeded at once (`reused`); `force` merges anew.
     """
-    asked = await serving.planning.take(lambda: _asked(serving, caller, body, idempotency_key))
-    job = asked if isinstance(asked, Job) else await run_in_threadpool(_queue, serving, caller, *asked)
+    job = await accept(serving, caller, body, idempotency_key)
     response.headers["Location"] = merge_url(job.id)
     _describe(response, job)
     return Merge.of(job)
@@ -94,11 +94,7 @@ async def submit(
 async def plan(caller: Merging, body: Body, serving: Serving) -> MergePlan:
     """Everything POST /merges would check, and what the merge would take, without queueing anything."""
 
-    def planned() -> MergePlan:
-        submission = read_submission(*body, serving.webhook_hosts)
-        return MergePlan.of(make_plan(submission.recipe, serving.resolver(caller.owner)))
-
-    return await serving.planning.take(planned)
+    return await look_ahead(serving, caller, body)
 
 
 @router.get(
@@ -217,6 +213,34 @@ def delete(caller: Merging, id: Id, serving: Serving) -> None:
     first. So is one that an alias points to or an unfinished merge reads (`merge_in_use`).
     """
     serving.discard(serving.jobs.delete(id, by=caller))
+
+
+async def look_ahead(serving: Service, caller: Caller, body: tuple[str, bytes]) -> MergePlan:
+    """The plan of what ``accept`` would queue. Raises MergeyardError with every problem."""
+
+    def planned() -> MergePlan:
+        submission = read_submission(*body, serving.webhook_hosts)
+        return MergePlan.of(make_plan(submission.recipe, serving.resolver(caller.owner)))
+
+    return await serving.planning.take(planned)
+
+
+async def accept(serving: Service, caller: Caller, body: tuple[str, bytes], key: str | None = None) -> Job:
+    """Check and queue what was submitted: a media type and the bytes of an envelope or a recipe.
+
+    Raises MergeyardError with every problem.
+    """
+    asked = await serving.planning.take(lambda: _asked(serving, caller, body, key))
+    return asked if isinstance(asked, Job) else await run_in_threadpool(_queue, serving, caller, *asked)
+
+
+async def rerun(serving: Service, caller: Caller, job: Job, *, force: bool) -> Job:
+    """A new merge of the job's recipe, submitted by the caller as that one was. Raises what ``accept`` raises."""
+    asked = {"queue": job.queue, "priority": job.priority, "labels": dict(job.labels), "pinned": job.pinned}
+    left_out = {"webhook": job.webhook, "expires_in": job.expires_in}
+    given = {name: value for name, value in left_out.items() if value is not None}
+    envelope = {"recipe": job.recipe, **asked, **given, "force": force}
+    return await accept(serving, caller, ("application/json", json.dumps(envelope).encode()))
 
 
 def _stream(caller: Caller, job_id: str, request: Request, serving: Service, after: int) -> Response:
