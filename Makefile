@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-api test-faults fuzz benchmark lint format types clean
+.PHONY: setup demo test test-api test-faults fuzz benchmark monitoring lint format types clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ fuzz: $(STAMP)
 
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks.speed --quick
+
+# What Prometheus and Grafana import, from docs/operations.md and the metrics.
+monitoring: $(STAMP)
+	$(BIN)/python -m deploy.monitoring
 
 # FAULTS takes its options: make test-faults FAULTS="--seed 7"
 test-faults: $(STAMP)

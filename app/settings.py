@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ class Settings(BaseSettings):
     database_seconds: float = Field(10.0, ge=0.5, description="How long PostgreSQL may take to answer one statement")
     broker_url: str = Field("", description="Redis or Valkey URL; empty: a Valkey socket in the data folder")
     artifact_store: str = Field("", description="Folder of the published artifacts; empty: in the data folder")
+    accel_redirect: str = Field("", description="nginx's internal location of the store's folder; empty: there is none")
     model_roots: str = Field("", description="Colon-separated folders that `models:` references may name")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port")
@@ -74,6 +76,13 @@ class Settings(BaseSettings):
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or parts.query:
             raise ValueError("an http:// or https:// address without user and query is wanted")
         return value.rstrip("/")
+
+    @field_validator("accel_redirect")
+    @classmethod
+    def _a_location(cls, value: str) -> str:
+        if value and not re.fullmatch(r"/([\w.-]+/)+", value, re.ASCII):
+            raise ValueError("a location of nginx begins and ends with /, as in /_artifacts/")
+        return value
 
     @field_validator("webhook_hosts", "webhook_private_hosts")
     @classmethod

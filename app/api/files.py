@@ -18,7 +18,7 @@ from app.api.callers import Reading
 from app.api.merges import Id, Problem
 from app.api.schemas import FileList
 from app.api.service import Service, Serving
-from app.api.transfer import Segment, Stored, Transfer, serve
+from app.api.transfer import HandedOver, Segment, Stored, Transfer, serve
 from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records.key import Caller
@@ -150,15 +150,23 @@ async def _send(
 ) -> Response:
     """The response, after the audit says who is about to get bytes of which file."""
     try:
-        response = await serve(request, sent.segments, serving.store, etag=etag, headers=headers)
+        response = await serve(
+            request,
+            sent.segments,
+            serving.store,
+            etag=etag,
+            headers=headers,
+            accel=serving.settings.accel_redirect,
+        )
     except FileNotFoundError:
         await run_in_threadpool(serving.jobs.get, sent.merge, by=caller)  # not_found: it was deleted a moment ago
         raise
-    if isinstance(response, Transfer):
+    if isinstance(response, Transfer | HandedOver):
         data = {"file": sent.name, "range": request.headers.get("range", "")[:100]}
         try:
             await run_in_threadpool(serving.audit.add, caller, "downloaded", sent.merge, data)
         except MergeyardError:
-            await run_in_threadpool(response.close)
+            if isinstance(response, Transfer):
+                await run_in_threadpool(response.close)
             raise
     return response

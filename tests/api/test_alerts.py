@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import promql_parser as promql
@@ -12,11 +11,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.records.tally import Tally
+from deploy.monitoring import RUNBOOK as runbook  # noqa: N811 — its path
+from deploy.monitoring import alerts
 from tests.api.serving import ServedApi, serving
 
-RUNBOOK = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
-# Heading, expression, and the words below it.
-ALERTS = re.findall(r"^### (.+)\n`(.+)`(?: for .+)?\n\n((?:.+\n?)+)", RUNBOOK, re.MULTILINE)
+RUNBOOK = runbook.read_text()
+ALERTS = [(alert.title, alert.expression, alert.text) for alert in alerts(RUNBOOK)]
 OF_PROMETHEUS = {"up": {"job", "instance"}}
 
 
