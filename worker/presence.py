@@ -18,12 +18,14 @@ from app.settings import Settings
 
 log = logging.getLogger("mergeyard.worker")
 
+HOST_CHARACTERS = 96  # of a host's name in its worker's
+
 
 def introduce(settings: Settings) -> NewWorker:
     """This process as a worker. Its name has a random end: containers have the same process ids, and may share a host's
     name.
     """
-    host, process = socket.gethostname()[:96], os.getpid()
+    host, process = socket.gethostname()[:HOST_CHARACTERS], os.getpid()
     return NewWorker(
         name=f"{host}-{process}-{random_text(4)}",
         host=host,

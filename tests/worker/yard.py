@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,10 +136,16 @@ def open_yard(
 
 
 @contextmanager
-def worker(yard: Yard, *, stderr: IO[str] | int = subprocess.DEVNULL) -> Iterator[psutil.Popen]:
-    """A worker process; whatever is left of it and of its pool is killed at the end."""
+def worker(
+    yard: Yard, *, stderr: IO[str] | int = subprocess.DEVNULL, on: Sequence[str] = (), **changes: Any
+) -> Iterator[psutil.Popen]:
+    """A worker process; whatever is left of it and of its pool is killed at the end.
+
+    ``on``: the command that runs it elsewhere, as the same process. ``changes``: of the settings, for it alone.
+    """
+    settings = yard.settings.model_copy(update=changes)
     process = psutil.Popen(
-        [sys.executable, "-m", "tests.worker.slow_worker", yard.settings.model_dump_json()],
+        [*on, sys.executable, "-m", "tests.worker.slow_worker", settings.model_dump_json()],
         cwd=REPOSITORY,
         stderr=stderr,
     )
