@@ -97,7 +97,9 @@ def create_app(settings: Settings) -> FastAPI:
         janitor.start()
         tasks = [asyncio.create_task(service.streams.run())]
         if service.webhook_hosts.anybody:
-            courier = Courier(service.deliveries, service.webhook_hosts, read_secrets(settings.webhook_secret))
+            secrets = read_secrets(settings.webhook_secret)
+            count = service.figures.note_webhook
+            courier = Courier(service.deliveries, service.webhook_hosts, secrets, count=count)
             tasks.append(asyncio.create_task(courier.run()))
         try:
             yield

@@ -117,6 +117,7 @@ ROWS: Mapping[str, Sequence[str]] = {
         "mergeyard_quota_bytes",
     ),
     "Requests": ("mergeyard_http_requests", "mergeyard_http_request_seconds", "mergeyard_event_streams"),
+    "Webhooks": ("mergeyard_webhooks_pending", "mergeyard_webhooks_oldest_seconds", "mergeyard_webhook_attempts"),
     "API processes": (
         "process_resident_memory_bytes",
         "process_virtual_memory_bytes",
@@ -129,7 +130,12 @@ ROWS: Mapping[str, Sequence[str]] = {
 }
 # What each API process counts for itself is added up, but for what is a process's own business; everything else comes
 # from the database, and every process tells the same.
-ADDED = ("mergeyard_http_requests", "mergeyard_http_request_seconds", "mergeyard_event_streams")
+ADDED = (
+    "mergeyard_http_requests",
+    "mergeyard_http_request_seconds",
+    "mergeyard_event_streams",
+    "mergeyard_webhook_attempts",
+)
 OF_A_PROCESS = ROWS["API processes"]
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 COLUMNS, HEIGHT = 24, 8

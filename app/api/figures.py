@@ -26,10 +26,12 @@ import app
 from app.api.readiness import Readiness
 from app.errors import CODES
 from app.records.database import Database
+from app.records.deliveries import Deliveries, Pending
 from app.records.job import Status
 from app.records.quotas import Quotas, Usage
 from app.records.tally import BOUND_NAMES, Load, Tally, Totals, Waiting
 from app.records.transitions import LOST
+from app.webhooks.courier import OUTCOMES
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
@@ -99,6 +101,14 @@ class Figures:
         self.open_streams = Gauge(
             "mergeyard_event_streams", "Event streams that are open in this process.", registry=self.registry
         )
+        self._webhooks = Counter(
+            "mergeyard_webhook_attempts",
+            "Attempts of this process to send a webhook; what failed is tried again, what is given up is not.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        for outcome in OUTCOMES:
+            self._webhooks.labels(outcome)
         self.registry.register(_Recorded(database, readiness, quotas, folders, quota_bytes))
         ProcessCollector(registry=self.registry)
 
@@ -107,6 +117,10 @@ class Figures:
         method = method if method in METHODS else "other"
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(method, route).observe(seconds)
+
+    def note_webhook(self, outcome: str) -> None:
+        """Count an attempt by its outcome, one of ``OUTCOMES``."""
+        self._webhooks.labels(outcome).inc()
 
 
 class _Recorded(Collector):
@@ -122,7 +136,7 @@ class _Recorded(Collector):
     ) -> None:
         self._quotas, self._quota_bytes = quotas, quota_bytes
         self._dialect = database.dialect
-        self._tally = Tally(database)
+        self._tally, self._deliveries = Tally(database), Deliveries(database)
         self._readiness = readiness
         self._folders = folders
 
@@ -140,6 +154,7 @@ class _Recorded(Collector):
             yield from load_families(self._tally.load())
             yield from total_families(self._tally.totals())
             yield from usage_families(self._quotas.of_all(), self._quota_bytes)
+            yield from webhook_families(self._deliveries.pending())
 
 
 def load_families(load: Load) -> Iterator[Metric]:
@@ -171,6 +186,15 @@ def usage_families(usage: Usage, quota_bytes: int | None) -> Iterator[Metric]:
     if quota_bytes is not None:
         quota.add_metric([], quota_bytes)
     yield from (kept, reserved, quota)
+
+
+def webhook_families(pending: Pending) -> Iterator[Metric]:
+    """Gauges of what the courier still has to send."""
+    count = GaugeMetricFamily("mergeyard_webhooks_pending", "Webhooks that are neither delivered nor given up.")
+    count.add_metric([], pending.count)
+    age = GaugeMetricFamily("mergeyard_webhooks_oldest_seconds", "Since the oldest pending webhook's merge ended.")
+    age.add_metric([], pending.oldest_seconds)
+    yield from (count, age)
 
 
 def total_families(totals: Totals) -> Iterator[Metric]:

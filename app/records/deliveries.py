@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import exists, select, update
+from sqlalchemy import exists, func, select, update
 
 from app.records import rows
 from app.records.database import Database, clock
@@ -50,6 +50,14 @@ class Delivery:
     next_at: datetime | None
     created_at: datetime
     finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """Deliveries that are still to be made, and the seconds since the oldest was written."""
+
+    count: int
+    oldest_seconds: float
 
 
 class Deliveries:
@@ -91,6 +99,14 @@ class Deliveries:
                 values |= _after(len(attempts), status, now)
             written = connection.execute(update(deliveries).where(chosen).values(values).returning(deliveries)).one()
             return _read(written)
+
+    def pending(self) -> Pending:
+        """What is neither delivered nor given up."""
+        still = select(func.count(), func.min(deliveries.c.created_at)).where(deliveries.c.next_at.is_not(None))
+        with self.database.read() as connection:
+            count, since = connection.execute(still).one()
+            age = 0.0 if since is None else max(0.0, (clock(connection) - since).total_seconds())
+        return Pending(count=count, oldest_seconds=age)
 
     def of(self, job_id: str, *, by: Caller | None = None) -> Sequence[Delivery]:
         """The job's deliveries, oldest first. ``not_found`` as in ``Jobs``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import httpx
@@ -18,6 +18,7 @@ from app.records.outbox import DeliveryState
 from app.webhooks.outbound import Allowed, Refused, post
 from app.webhooks.signing import signed_headers
 
+OUTCOMES = ("delivered", "failed", "given_up")  # of an attempt; what failed is tried again
 AT_ONCE = 32  # attempts in flight: receivers that hang must not keep others waiting
 LOOK_SECONDS = 1.0
 
@@ -25,10 +26,15 @@ log = logging.getLogger("mergeyard.webhooks")
 
 
 class Courier:
-    """Sends the deliveries of a database, signed with ``secrets``, to ``allowed`` hosts."""
+    """Sends the deliveries of a database, signed with ``secrets``, to ``allowed`` hosts.
 
-    def __init__(self, deliveries: Deliveries, allowed: Allowed, secrets: Sequence[bytes]) -> None:
-        self._deliveries, self._allowed, self._secrets = deliveries, allowed, secrets
+    ``count`` is told one of ``OUTCOMES`` after each attempt.
+    """
+
+    def __init__(
+        self, deliveries: Deliveries, allowed: Allowed, secrets: Sequence[bytes], *, count: Callable[[str], None]
+    ) -> None:
+        self._deliveries, self._allowed, self._secrets, self._count = deliveries, allowed, secrets, count
         self._threads = CapacityLimiter(1)  # of its own: it must not wait behind requests
         self._sending: set[asyncio.Task[None]] = set()
 
@@ -68,7 +74,9 @@ class Courier:
                 "an attempt is not noted, and will be made again: %s", failure, extra={"merge": delivery.job_id}
             )
             return
-        if after is not None and after.state is DeliveryState.FAILED:
+        given_up = after is not None and after.state is DeliveryState.FAILED
+        self._count("delivered" if error is None else "given_up" if given_up else "failed")
+        if after is not None and given_up:
             log.warning(
                 "webhook %s given up after %d attempts",
                 delivery.id,

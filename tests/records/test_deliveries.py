@@ -12,7 +12,7 @@ from app.errors import MergeyardError
 from app.records import rows as job_rows
 from app.records import tables
 from app.records.database import Database
-from app.records.deliveries import PAUSES, TAKEN_SECONDS, Deliveries
+from app.records.deliveries import PAUSES, TAKEN_SECONDS, Deliveries, Pending
 from app.records.job import Job
 from app.records.jobs import Jobs
 from app.records.key import Caller
@@ -141,6 +141,24 @@ def test_an_answer_decides(jobs: Jobs, deliveries: Deliveries, status: int | Non
     noted = deliveries.note(taken.id, status=status, error=None)
     assert noted is not None and noted.state == state
     assert (noted.next_at is None) == (state != "pending") == (noted.finished_at is not None)
+
+
+def test_what_is_pending_is_neither_delivered_nor_given_up(jobs: Jobs, deliveries: Deliveries) -> None:
+    assert deliveries.pending() == Pending(count=0, oldest_seconds=0.0)
+    for _ in range(4):
+        ended(jobs, "succeeded")
+    statuses = (200, 410, 500)
+    taken = deliveries.take(3)
+    for one, status in zip(taken, statuses, strict=True):
+        deliveries.note(one.id, status=status, error=None)
+    old = jobs.database.now() - timedelta(hours=2)
+    with jobs.database.write() as connection:
+        connection.execute(update(rows).where(rows.c.id == taken[0].id).values(created_at=old))
+    found = deliveries.pending()
+    assert found.count == 2 and found.oldest_seconds < 60, "what was delivered long ago is of no concern"
+    with jobs.database.write() as connection:
+        connection.execute(update(rows).values(created_at=old))
+    assert 7200 <= deliveries.pending().oldest_seconds < 7300
 
 
 def test_others_deliveries_are_not_found_and_go_with_their_merge(

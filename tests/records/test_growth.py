@@ -20,6 +20,7 @@ from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records.audit import Audit
 from app.records.database import Database
+from app.records.deliveries import Deliveries
 from app.records.following import Following, Seen
 from app.records.job import Idempotency, Job, Status
 from app.records.jobs import Jobs
@@ -219,6 +220,7 @@ def counting(jobs: Jobs) -> None:
     tally.count()
     tally.load()
     tally.totals()
+    Deliveries(jobs.database).pending()
 
 
 def looking(jobs: Jobs) -> None:

@@ -22,6 +22,7 @@ from app.records.key import Caller, Scope
 from app.records.keys import Keys
 from app.settings import Settings
 from tests.api.serving import GuardedApi, ServedApi, problem, serving, write_sources
+from tests.api.test_metrics import scrape, series
 from tests.cli.commands import MERGEYARD, environment
 from tests.records.submitting import ARTIFACT
 from tests.records.test_deliveries import later
@@ -74,6 +75,18 @@ def delivered(found: Any) -> bool:
     return bool(found["state"] == "delivered")
 
 
+def attempts(api: ServedApi) -> dict[str, float]:
+    return series(scrape(api), "mergeyard_webhook_attempts_total")
+
+
+def eventually(look: Callable[[], object], wanted: object) -> bool:
+    deadline = time.monotonic() + 20
+    while look() != wanted:
+        assert time.monotonic() < deadline, look()
+        time.sleep(0.05)
+    return True
+
+
 class TestAnApi:
     def test_tells_of_the_end_with_a_signature_that_the_owner_can_check(self, settings: Settings) -> None:
         with receiving() as receiver, serving(allowing(settings, receiver)) as api:
@@ -98,6 +111,14 @@ class TestAnApi:
                 (200, None),
             ]
             assert len({(sent.headers["webhook-id"], sent.body) for sent in receiver.received}) == 1
+
+    def test_counts_attempts_by_what_became_of_them(self, settings: Settings) -> None:
+        answers = (answering(500), answering(503), answering(200), answering(410))
+        with receiving(*answers) as receiver, serving(allowing(settings, receiver)) as api:
+            assert attempts(api) == {"delivered": 0, "failed": 0, "given_up": 0}, "told from the start"
+            log_of(api, finished(api, receiver), delivered)
+            log_of(api, finished(api, receiver), lambda found: found["state"] == "failed")
+            assert eventually(lambda: attempts(api), {"delivered": 1, "failed": 2, "given_up": 1})
 
     def test_says_why_nothing_could_be_sent(self, settings: Settings) -> None:
         with receiving() as receiver:
