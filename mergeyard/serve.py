@@ -15,6 +15,7 @@ from app.records.database import Database
 from app.records.keys import Keys
 from app.settings import Settings
 from mergeyard.processes import StartError
+from mergeyard.zerocopy import ZeroCopyProtocol
 
 KEEP_ALIVE_SECONDS = 30
 MOST_OPEN_FILES = 65_536
@@ -52,6 +53,7 @@ class Server(uvicorn.Server):
                 self._api,
                 host=settings.host,
                 port=settings.port,
+                http=ZeroCopyProtocol,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=GRACE_SECONDS,
                 server_header=False,

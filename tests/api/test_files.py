@@ -7,15 +7,20 @@ import hashlib
 import http.client
 import io
 import json
+import os
 import tarfile
 import time
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
+import anyio
 import httpx
 import psutil
 import pytest
+from starlette.responses import StreamingResponse
 
+from app.api import transfer
 from app.api.archive import tar_segments
 from app.artifacts.manifest import MANIFEST_NAME, StoredFile
 from app.artifacts.store import LocalStore
@@ -233,6 +238,76 @@ def test_a_merge_that_is_deleted_between_the_look_and_the_opening_is_not_found(
 
     monkeypatch.setattr(LocalStore, "open", delete_first)
     problem(api.http.get(f"/merges/{job.id}/{path}"), 404, "not_found")
+
+
+class TestHowBytesAreSent:
+    """By the kernel where the server offers that, else read: the same bytes, and the same cut where they run out."""
+
+    @staticmethod
+    def sent(folder: Path, extensions: dict[str, Any], size: int, *, cached: bool = True) -> list[dict[str, Any]]:
+        """The messages of an answer of 3 bytes, the file's first ``size`` and 2 bytes."""
+        path = folder / "file"
+        path.write_bytes(WEIGHTS)
+        messages: list[dict[str, Any]] = []
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        async def receive() -> Any:
+            await anyio.sleep_forever()
+
+        opened = transfer._Opened("key", path.open("rb"), size)
+        response = transfer.Transfer([b"abc", opened, b"de"], status_code=200, headers={})
+        scope = {"type": "http", "extensions": extensions, "asgi": {"spec_version": "2.3"}}
+        anyio.run(response, scope, receive, send)
+        assert opened.file.closed
+        return messages
+
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_by_the_kernel_in_pieces_that_follow_each_other(
+        self, tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not cached:
+            monkeypatch.setattr(transfer, "_cached", lambda *_: False)
+        size = 2 * transfer.PIECE_BYTES + 5
+        start, first, *pieces, last, end = self.sent(tmp_path, {transfer.ZERO_COPY: {}}, size)
+        assert (start["status"], first["body"], last["body"]) == (200, b"abc", b"de")
+        assert not end["more_body"] and end["body"] == b""
+        assert {piece["type"] for piece in pieces} == {transfer.ZERO_COPY}
+        assert [(piece["offset"], piece["count"]) for piece in pieces] == [
+            (0, transfer.PIECE_BYTES),
+            (transfer.PIECE_BYTES, transfer.PIECE_BYTES),
+            (2 * transfer.PIECE_BYTES, 5),
+        ]
+
+    def test_read_where_the_server_does_not_offer_that(self, tmp_path: Path) -> None:
+        _, *pieces = self.sent(tmp_path, {}, 5_000_000)
+        assert b"".join(piece["body"] for piece in pieces) == b"abc" + WEIGHTS[:5_000_000] + b"de"
+
+    def test_the_server_of_the_service_offers_it(
+        self, api: ServedApi, job: Job, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def never(*_: Any) -> None:
+            raise AssertionError("read by Python")
+
+        monkeypatch.setattr(transfer, "_cached", lambda *_: True)
+        monkeypatch.setattr(os, "pread", never)
+        monkeypatch.setattr(StreamingResponse, "stream_response", never)
+        assert get(api, job).content == WEIGHTS
+
+    def test_a_file_that_ends_early_cuts_the_connection(self, api: ServedApi) -> None:
+        job = api.published({"model.safetensors": WEIGHTS * 5})
+        assert job.artifact is not None
+        path = api.store.path(job.artifact["files"][1]["key"])
+        with (
+            pytest.raises(httpx.RemoteProtocolError),
+            api.http.stream("GET", f"/merges/{job.id}/files/model.safetensors") as response,
+        ):
+            assert response.status_code == 200
+            os.truncate(path, 20_000_000)
+            for _ in response.iter_bytes(100_000):
+                pass
+        assert api.http.get("/healthz").status_code == 200
 
 
 def test_a_reader_that_goes_away_leaves_no_file_open(api: ServedApi) -> None:
