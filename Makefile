@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-api test-faults fuzz benchmark monitoring lint format types clean
+.PHONY: setup demo test test-api test-faults fuzz benchmark monitoring docs lint format types clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ benchmark: $(STAMP)
 # What Prometheus and Grafana import, from docs/operations.md and the metrics.
 monitoring: $(STAMP)
 	$(BIN)/python -m deploy.monitoring
+
+# Links and anchors that lead nowhere, and pages that nothing leads to, are errors.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs site
 
 # FAULTS takes its options: make test-faults FAULTS="--seed 7"
 test-faults: $(STAMP)
