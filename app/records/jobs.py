@@ -124,11 +124,19 @@ class Jobs:
         page = tuple(found[:limit])
         return Page(jobs=page, next_cursor=rows.write_cursor(page[-1]) if more else None)
 
-    def events(self, job_id: str, *, after: int = 0, limit: int = 200, by: Caller | None = None) -> Sequence[Event]:
-        """The job's events numbered above ``after``, oldest first."""
+    def events(
+        self,
+        job_id: str,
+        *,
+        after: int = 0,
+        limit: int = 200,
+        without: Collection[str] = (),
+        by: Caller | None = None,
+    ) -> Sequence[Event]:
+        """The job's events numbered above ``after``, oldest first, but for those of a type in ``without``."""
         statement = (
             select(events.c.id, events.c.job_id, events.c.type, events.c.at, events.c.data)
-            .where(events.c.job_id == job_id, events.c.id > after)
+            .where(events.c.job_id == job_id, events.c.id > after, events.c.type.not_in(without))
             .order_by(events.c.id)
             .limit(limit)
         )

@@ -49,12 +49,16 @@ class ServedApi:
 
     def queued(self, **changes: Any) -> Job:
         """A job in the records alone."""
+        wait_a_moment(self.jobs.database)  # after the job before it
+        job, _ = self.jobs.submit(self.new(**changes))
+        return job
+
+    def new(self, **changes: Any) -> NewJob:
+        """What a submission of a job would bring."""
         new = NewJob(
             recipe={}, resolved={}, method="ties", plan_digest="0" * 64, estimates={}, total_bytes=100, owner="local"
         )
-        wait_a_moment(self.jobs.database)  # after the job before it
-        job, _ = self.jobs.submit(replace_fields(new, changes))
-        return job
+        return replace_fields(new, changes)
 
     def running(self, **changes: Any) -> Job:
         job = self.jobs.claim(self.queued(**changes).id, lease_seconds=3600)
@@ -64,9 +68,9 @@ class ServedApi:
     def published(self, contents: Mapping[str, bytes], **changes: Any) -> Job:
         """A succeeded merge with these files, and a manifest that names them."""
         job = self.running(**changes)
-        stored = [self._store(job, name, data) for name, data in contents.items()]
+        stored = [self.store_file(job, name, data) for name, data in contents.items()]
         listed = [{key: value for key, value in file.items() if key != "key"} for file in stored]
-        manifest = self._store(job, MANIFEST_NAME, json.dumps({"files": listed}).encode())
+        manifest = self.store_file(job, MANIFEST_NAME, json.dumps({"files": listed}).encode())
         every = [manifest, *stored]
         return self.jobs.publish(
             job.id,
@@ -79,7 +83,8 @@ class ServedApi:
             },
         )
 
-    def _store(self, job: Job, name: str, data: bytes) -> dict[str, Any]:
+    def store_file(self, job: Job, name: str, data: bytes) -> dict[str, Any]:
+        """A file of the job's attempt, as ``Job.artifact`` has it."""
         key = f"{job.id}/{job.lease_token}/{name}"
         with self.store.create(key, len(data)) as writer:
             writer.write(data)
