@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from html import unescape
 from typing import Any
 
@@ -261,12 +262,15 @@ class TestActions:
         from app.planning.reuse import reuse_key
         from app.recipe import parse_recipe
         from app.records.owned import resolver_of
+        from app.sources.hub.hub import Hub, HubSettings
 
         first = fresh_api.submit()
         job = fresh_api.jobs.claim(first["id"], lease_seconds=60)
         assert job is not None
-        resolver = resolver_of("local", settings=fresh_api.settings, jobs=fresh_api.jobs, store=fresh_api.store)
-        key = reuse_key(make_plan(parse_recipe(job.resolved), resolver))
+        api = fresh_api
+        with closing(Hub(HubSettings.of(api.settings))) as hub:
+            resolver = resolver_of("local", settings=api.settings, jobs=api.jobs, store=api.store, hub=hub)
+            key = reuse_key(make_plan(parse_recipe(job.resolved), resolver))
         if key is None:
             pytest.skip("this file system keeps change times in whole seconds, so nothing is reused on it")
         manifest = fresh_api.store_file(job, "mergeyard.json", b"{}")

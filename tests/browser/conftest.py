@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from tests.browser.chromium import Chromium, executable
+
+
+@pytest.fixture(scope="session")
+def started_browser() -> Iterator[Browser]:
+    path = executable()
+    if path is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def chromium(started_browser: Browser) -> Iterator[Chromium]:
+    """Fails the test where a page had an error, a warning or a violation of its policy."""
+    made = Chromium(started_browser)
+    yield made
+    made.close()
+    assert not made.wrong, made.wrong
