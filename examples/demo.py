@@ -30,8 +30,7 @@ from examples.base_model import DESCRIPTION, WHEEL, WrongDigestError, base_model
 from examples.local_service import ServiceDiedError, local_service
 from examples.scoring import exact_match, exact_matches, generate, load
 from examples.tasks import ARTICLE, TASKS, Example, Task, examples
-from mergeyard.answers import ApiError
-from mergeyard.client import Client
+from mergeyard import ApiError, Client
 
 HERE = Path(__file__).resolve().parent
 RECIPES: Mapping[str, str] = {"ties": "TIES", "sum": "plain sum"}

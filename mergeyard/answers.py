@@ -1,16 +1,10 @@
-"""What the service answers, as the client hands it on: documents with known keys, and one error."""
+"""What the service answers, as the client hands it on: documents with known keys."""
 
 from __future__ import annotations
 
 from typing import Any, TypedDict
 
-import httpx
-
-
-class Problem(TypedDict):
-    code: str
-    message: str
-    where: str
+from mergeyard.errors import Problem
 
 
 class Progress(TypedDict):
@@ -200,52 +194,28 @@ class Upload(TypedDict):
     files: list[UploadedFile]
 
 
-class ApiError(Exception):
-    """A request that failed.
+class AliasSummary(TypedDict):
+    """``repo`` is what hub clients call it, ``commit`` its revision now."""
 
-    ``code`` is the service's (docs/api.md), or one of the client's own: ``unreachable``, ``unexpected_response``,
-    ``digest_mismatch``, ``output_exists``, ``unsafe_name``. ``status`` is the HTTP status, 0 where there was no
-    answer. ``fault`` is ``user`` where another request would help. ``repeated`` tells that it was not the first try.
-    """
-
-    def __init__(
-        self,
-        code: str,
-        status: int,
-        detail: str,
-        where: str = "",
-        problems: list[Problem] | None = None,
-        *,
-        fault: str = "system",
-        request_id: str = "",
-        repeated: bool = False,
-    ) -> None:
-        super().__init__(detail)
-        self.code = code
-        self.status = status
-        self.detail = detail
-        self.where = where
-        self.problems: list[Problem] = problems or [{"code": code, "message": detail, "where": where}]
-        self.fault = fault
-        self.request_id = request_id
-        self.repeated = repeated
+    name: str
+    owner: str
+    repo: str
+    merge: str
+    commit: str
+    created_at: str
+    moved_at: str
 
 
-def read_error(response: httpx.Response, *, repeated: bool = False) -> ApiError:
-    """The error in a response: its problem document, or ``unexpected_response`` (a proxy's page, another service)."""
-    request_id = response.headers.get("x-request-id", "")
-    try:
-        document = response.json()
-        return ApiError(
-            document["code"],
-            response.status_code,
-            document["detail"],
-            document.get("where", ""),
-            document.get("problems"),
-            fault=document.get("fault", "system"),
-            request_id=request_id,
-            repeated=repeated,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        detail = f"{response.request.url} answered {response.status_code}, and not as Mergeyard does; check the URL."
-        return ApiError("unexpected_response", response.status_code, detail, request_id=request_id, repeated=repeated)
+class Move(TypedDict):
+    merge: str
+    commit: str
+    at: str
+    key_id: str | None
+
+
+class Alias(AliasSummary):
+    history: list[Move]
+
+
+class AliasList(TypedDict):
+    items: list[AliasSummary]

@@ -238,7 +238,7 @@ def list_merges(
     from mergeyard import display
 
     with _client(url, api_key) as client:
-        page = client.list(status=status, method=method, limit=limit, cursor=cursor)
+        page = client.page(status=status, method=method, limit=limit, cursor=cursor)
     if as_json:
         print_json(page)
     else:
@@ -274,10 +274,11 @@ def events(
 
     with _client(url, api_key, patient=follow and not as_json) as client:
         if as_json:
-            print_json(client.events(id, after=after, limit=1000))
+            print_json(client.event_page(id, after=after, limit=1000))
             return
         try:
-            found = client.follow(id, after=after) if follow else client.events(id, after=after, limit=1000)["items"]
+            page = None if follow else client.event_page(id, after=after, limit=1000)
+            found = client.events(id, after=after) if page is None else page["items"]
             for event in found:
                 display.show_event(event)
         except KeyboardInterrupt:

@@ -1,109 +1,141 @@
-"""Fetching an artifact: resumed where it stopped, and every byte verified before a file gets its name."""
+"""Fetching an artifact: resumed where it stopped, several files at once, and every byte verified before a file gets its
+name.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from threading import Event, Lock
+from typing import Any, Protocol
 
 import httpx
 
-from mergeyard.answers import ApiError, File, FileList, read_error
+from mergeyard.answers import File, FileList
+from mergeyard.calls import RETRIED_STATUSES, pause_before, retry_after
+from mergeyard.errors import DownloadError, UnavailableError, read_error
 
 MANIFEST = "mergeyard.json"
 PART = ".part"
 PIECE_BYTES = 1 << 20
-LONGEST_PAUSE = 60.0  # a rate limit counts minutes
-TRANSIENT = frozenset({429, 502, 503, 504})
-
-OnProgress = Callable[[int, int, str], None]  # bytes here and verified or on their way, bytes in all, the file's name
 
 
-def fetch_all(
-    http: httpx.Client, listing: FileList, directory: Path, retries: int, on_progress: OnProgress | None
-) -> None:
-    """Fetch the files of ``listing`` into ``directory``, the manifest first.
+class OnProgress(Protocol):
+    """Told the bytes that are here, those in all, and the file that moved. Called by one thread at a time."""
 
-    Raises:
-        ApiError: ``unsafe_name`` for a name that leads outside the directory, ``output_exists`` for a file that is
-            there with other contents, ``digest_mismatch`` where bytes, listing and manifest do not agree.
-    """
-    for file in listing["items"]:
-        _check_name(file["name"])
-    directory.mkdir(parents=True, exist_ok=True)
-    done = 0
-
-    def report(name: str, size: int) -> None:
-        if on_progress is not None:
-            on_progress(done + size, listing["size"], name)
-
-    # The manifest is named by the digest that the merge itself was published under; it then vouches for the rest.
-    ordered = sorted(listing["items"], key=lambda file: file["name"] != MANIFEST)
-    for file in ordered:
-        report(file["name"], 0)
-        _fetch(http, file, directory, retries, partial(report, file["name"]))
-        if file["name"] == MANIFEST:
-            _check_listing(listing, json.loads((directory / MANIFEST).read_bytes()))
-        done += file["size"]
-    report(ordered[-1]["name"] if ordered else "", 0)
+    def __call__(self, done: int, total: int, name: str, /) -> object: ...
 
 
-def _fetch(http: httpx.Client, file: File, directory: Path, retries: int, on_size: Callable[[int], None]) -> None:
-    target = directory / file["name"]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.parent.resolve().is_relative_to(directory.resolve()):
-        raise _unsafe(file["name"])
-    if target.exists() or target.is_symlink():
-        if target.is_file() and target.stat().st_size == file["size"] and _sha256(target) == file["sha256"]:
-            return
-        message = f"{target} is there already and differs; remove it or download into another folder."
-        raise ApiError("output_exists", 0, message, fault="user")
-    part = target.with_name(target.name + PART)
-    resumed = part.is_file()
-    if _complete(http, file, part, retries, on_size) != file["sha256"]:
-        part.unlink()
-        # What an interrupted download left behind may belong to something else; a fresh one has no such excuse.
-        if not resumed or _complete(http, file, part, retries, on_size) != file["sha256"]:
-            part.unlink(missing_ok=True)
-            message = f"{file['name']} arrived with another digest than {file['sha256']}; nothing of it was kept."
-            raise ApiError("digest_mismatch", 0, message)
-    part.rename(target)
+class Download:
+    """The files of ``listing`` on their way into ``directory``."""
 
+    def __init__(
+        self, http: httpx.Client, listing: FileList, directory: Path, retries: int, on_progress: OnProgress | None
+    ) -> None:
+        self._http, self._listing, self._directory, self._retries = http, listing, directory, retries
+        self._on_progress = on_progress
+        self._here: dict[str, int] = {}
+        self._lock = Lock()
+        self._stopped = Event()
 
-def _complete(http: httpx.Client, file: File, part: Path, retries: int, on_size: Callable[[int], None]) -> str:
-    """Bring ``part`` to its full size and return its sha256. A broken connection is taken up again where it broke."""
-    digest = hashlib.sha256()
-    failures = 0
-    with part.open("a+b") as stream:
-        stream.seek(0)
-        while piece := stream.read(PIECE_BYTES):
-            digest.update(piece)
-        while stream.tell() < file["size"]:
-            start = stream.tell()
+    def run(self, at_once: int = 4) -> None:
+        """Fetch them, the manifest first.
+
+        Raises:
+            DownloadError: ``unsafe_name`` for a name that leads outside the directory, ``output_exists`` for a file
+                that is there with other contents, ``digest_mismatch`` where bytes, listing and manifest do not agree.
+            ApiError: what the service says, ``unreachable`` where it does not answer. What came is kept.
+        """
+        for file in self._listing["items"]:
+            _check_name(file["name"])
+        self._directory.mkdir(parents=True, exist_ok=True)
+        # The manifest is named by the digest that the merge itself was published under; it then vouches for the rest.
+        for file in self._listing["items"]:
+            if file["name"] == MANIFEST:
+                self._fetch(file)
+                _check_listing(self._listing, json.loads((self._directory / MANIFEST).read_bytes()))
+        rest = [file for file in self._listing["items"] if file["name"] != MANIFEST]
+        with ThreadPoolExecutor(max(1, at_once), thread_name_prefix="download") as pool:
+            fetched = [pool.submit(self._fetch, file) for file in rest]
             try:
-                for piece in _pieces(http, file, start):
-                    if stream.tell() + len(piece) > file["size"]:
-                        return ""  # more than was announced: certainly not the file
-                    stream.write(piece)
-                    digest.update(piece)
-                    on_size(stream.tell())
-            except (httpx.TransportError, _TransientError) as error:
-                failures = failures + 1 if stream.tell() == start else 1
-                if failures > retries:
-                    message = f"{file['name']} could not be fetched: {error or type(error).__name__}"
-                    raise ApiError("unreachable", 0, f"{message}; run it again to go on from there.") from None
-                time.sleep(max(0.25 * 2**failures, getattr(error, "after", 0.0)))
-            except _RestartError:
-                stream.truncate(0)
-                stream.seek(0)
-                digest = hashlib.sha256()
-        if stream.tell() > file["size"]:
-            return ""
-    return digest.hexdigest()
+                for future in as_completed(fetched):
+                    future.result()
+            except BaseException:
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        """End at the next piece, and keep what came. For another thread than that of ``run``."""
+        self._stopped.set()
+
+    def _report(self, file: File, size: int) -> None:
+        if self._stopped.is_set():
+            raise _StoppedError
+        with self._lock:
+            self._here[file["name"]] = size
+            if self._on_progress is not None:
+                self._on_progress(sum(self._here.values()), self._listing["size"], file["name"])
+
+    def _fetch(self, file: File) -> None:
+        self._report(file, 0)
+        target = self._directory / file["name"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.resolve().is_relative_to(self._directory.resolve()):
+            raise _unsafe(file["name"])
+        if not _is_there(target, file):
+            part = target.with_name(target.name + PART)
+            resumed = part.is_file()
+            if self._complete(file, part) != file["sha256"]:
+                part.unlink()
+                # What an interrupted download left may belong to something else; a fresh one has no such excuse.
+                if not resumed or self._complete(file, part) != file["sha256"]:
+                    part.unlink(missing_ok=True)
+                    message = (
+                        f"{file['name']} arrived with another digest than {file['sha256']}; nothing of it was kept."
+                    )
+                    raise DownloadError("digest_mismatch", 0, message)
+            part.rename(target)
+        self._report(file, file["size"])
+
+    def _complete(self, file: File, part: Path) -> str:
+        """Bring ``part`` to its full size and return its sha256. A broken connection is taken up where it broke."""
+        digest = hashlib.sha256()
+        failures = 0
+        with part.open("a+b") as stream:
+            stream.seek(0)
+            while piece := stream.read(PIECE_BYTES):
+                digest.update(piece)
+                self._report(file, 0)  # it may be of something else, and is counted when it is not
+            while stream.tell() < file["size"]:
+                start = stream.tell()
+                try:
+                    for piece in _pieces(self._http, file, start):
+                        if stream.tell() + len(piece) > file["size"]:
+                            return ""  # more than was announced: certainly not the file
+                        stream.write(piece)
+                        digest.update(piece)
+                        self._report(file, stream.tell())
+                except (httpx.TransportError, _TransientError) as error:
+                    failures = failures + 1 if stream.tell() == start else 1
+                    if failures > self._retries:
+                        message = f"{file['name']} could not be fetched: {error or type(error).__name__}"
+                        message += "; run it again to go on from there."
+                        raise UnavailableError("unreachable", 0, message) from None
+                    self._stopped.wait(max(pause_before(failures), getattr(error, "after", 0.0)))
+                except _RestartError:
+                    stream.truncate(0)
+                    stream.seek(0)
+                    digest = hashlib.sha256()
+            if stream.tell() > file["size"]:
+                return ""
+        return digest.hexdigest()
+
+
+class _StoppedError(Exception):
+    """Another file failed, or whoever waits does not any more."""
 
 
 class _RestartError(Exception):
@@ -118,15 +150,23 @@ class _TransientError(Exception):
         self.after = after
 
 
+def _is_there(target: Path, file: File) -> bool:
+    """Raises ``output_exists`` for anything else under its name."""
+    if not (target.exists() or target.is_symlink()):
+        return False
+    if target.is_file() and target.stat().st_size == file["size"] and _sha256(target) == file["sha256"]:
+        return True
+    message = f"{target} is there already and differs; remove it or download into another folder."
+    raise DownloadError("output_exists", 0, message, fault="user")
+
+
 def _pieces(http: httpx.Client, file: File, start: int) -> Iterator[bytes]:
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": f'"{file["sha256"]}"'}
     with http.stream("GET", file["url"], headers=headers) as response:
-        if response.status_code in TRANSIENT:
-            wait = response.headers.get("retry-after", "")
-            after = min(float(wait), LONGEST_PAUSE) if wait.isdigit() else 0.0
-            raise _TransientError(f"the service answered {response.status_code}", after)
+        if response.status_code in RETRIED_STATUSES:
+            raise _TransientError(f"the service answered {response.status_code}", retry_after(response) or 0.0)
         if not response.is_success:
             response.read()
             raise read_error(response)
@@ -142,7 +182,7 @@ def _check_listing(listing: FileList, manifest: dict[str, Any]) -> None:
     listed = {file["name"]: (file["size"], file["sha256"]) for file in listing["items"] if file["name"] != MANIFEST}
     if listed != vouched:
         message = f"The service's list of files is not what {MANIFEST} says; nothing more was fetched."
-        raise ApiError("digest_mismatch", 0, message)
+        raise DownloadError("digest_mismatch", 0, message)
 
 
 def _check_name(name: str) -> None:
@@ -160,8 +200,10 @@ def _check_name(name: str) -> None:
         raise _unsafe(name)
 
 
-def _unsafe(name: str) -> ApiError:
-    return ApiError("unsafe_name", 0, f"The service names a file {name!r}, which leads outside the folder; refused.")
+def _unsafe(name: str) -> DownloadError:
+    return DownloadError(
+        "unsafe_name", 0, f"The service names a file {name!r}, which leads outside the folder; refused."
+    )
 
 
 def _sha256(path: Path) -> str:

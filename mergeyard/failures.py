@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from mergeyard.answers import ApiError
+from mergeyard.errors import ApiError
 from mergeyard.processes import StartError
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +17,19 @@ class Message:
     data: Any
 
 
-def read_messages(lines: Iterable[str]) -> Iterator[Message]:
-    """The messages of a stream. One that is cut off is no message; comments and what has no data are passed over."""
-    fields: dict[str, str] = {}
-    for line in lines:
+class MessageReader:
+    """Lines in, messages out. One that is cut off is no message; comments and what has no data are passed over."""
+
+    def __init__(self) -> None:
+        self._fields: dict[str, str] = {}
+
+    def read(self, line: str) -> Message | None:
+        """The message that this line ends, if it does."""
         if line:
             name, _, value = line.partition(":")
-            fields[name] = value.removeprefix(" ")
-            continue
-        if "data" in fields:
-            yield Message(event=fields.get("event", "message"), data=json.loads(fields["data"]))
-        fields = {}
+            self._fields[name] = value.removeprefix(" ")
+            return None
+        fields, self._fields = self._fields, {}
+        if "data" not in fields:
+            return None
+        return Message(event=fields.get("event", "message"), data=json.loads(fields["data"]))

@@ -13,7 +13,7 @@ import pytest
 
 from app.records.audit import Audit
 from app.records.database import Database
-from mergeyard.client import ApiError, Client
+from mergeyard import ApiError, Client
 from tests.cli.commands import MERGEYARD, environment, mergeyard
 
 
@@ -122,7 +122,7 @@ def api(variables: dict[str, str], port: int, request: pytest.FixtureRequest) ->
 @pytest.mark.parametrize("api", ["127.0.0.1"], indirect=True)
 def test_without_keys_the_service_says_that_it_is_open(api: str, variables: dict[str, str]) -> None:
     assert "no API keys" in Path(variables["MERGEYARD_DATA_DIR"]).with_name("log").read_text()
-    assert Client(api, "").list()["items"] == []
+    assert list(Client(api, "").list()) == []
 
 
 class TestWithAKey:
@@ -135,11 +135,11 @@ class TestWithAKey:
         self, key: str, api: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with pytest.raises(ApiError) as caught:
-            Client(api, "").list()
+            Client(api, "").page()
         assert (caught.value.code, caught.value.status) == ("key_required", 401)
-        assert Client(api, key).list()["items"] == []
+        assert list(Client(api, key).list()) == []
         monkeypatch.setenv("MERGEYARD_API_KEY", key)
-        assert Client(api).list()["items"] == []
+        assert list(Client(api).list()) == []
         assert mergeyard("list", "--json", MERGEYARD_URL=api, MERGEYARD_API_KEY=key).json["items"] == []
         ran = mergeyard("list", MERGEYARD_URL=api, MERGEYARD_API_KEY=key[:17] + "0" * 32)
         assert ran.code == 2 and "key_invalid" in ran.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -158,6 +159,13 @@ class TestThroughTheService:
             assert attempt(place_in(yard), yard.jobs.get(again["id"])) is Ending.PUBLISHED
         assert sent(there.hub, there.base) == before
         assert "downloading" not in [event.data.get("stage") for event in yard.jobs.events(again["id"])]
+
+    def test_an_api_that_has_none_of_the_files_knows_the_result_too(self, yard: Yard, there: Published) -> None:
+        with serving(yard.settings) as served:
+            first = served.http.post("/merges", json={"recipe": there.recipe()}).json()
+            assert attempt(place_in(yard), yard.jobs.get(first["id"])) is Ending.PUBLISHED
+            shutil.rmtree(yard.settings.hub_files)
+            assert served.http.post("/merges", json={"recipe": there.recipe()}).json()["reused"]
 
     def test_a_revision_that_moves_is_merged_as_it_was(self, yard: Yard, there: Published, tiny_models: Path) -> None:
         other = there.hub.published({**contents(tiny_models / tiny.BASE), "generation_config.json": b"{}"})

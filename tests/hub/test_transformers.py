@@ -19,7 +19,7 @@ from app.records.aliases import Aliases
 from app.records.job import Job
 from app.records.key import Caller, Scope
 from app.records.keys import Keys
-from mergeyard.client import Client as Mergeyard
+from mergeyard import Client as Mergeyard
 from tests import tiny
 from tests.api.serving import ServedApi, serving
 from tests.hub.conftest import Client
