@@ -1,11 +1,15 @@
+"""A real Chromium, and a yard for each module."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from tests.browser.chromium import Chromium, executable
+from tests.browser.yard import Yard, opened
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +30,9 @@ def chromium(started_browser: Browser) -> Iterator[Chromium]:
     yield made
     made.close()
     assert not made.wrong, made.wrong
+
+
+@pytest.fixture(scope="module")
+def yard(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Iterator[Yard]:
+    with opened(tmp_path_factory.mktemp("yard"), sqlite_template) as made:
+        yield made
