@@ -70,7 +70,7 @@ def damaged(sources_root: Path) -> Path:
         ({"base_model": "models:/etc"}, "path_outside_roots", "base_model"),
         ({"base_model": "/etc"}, "path_outside_roots", "base_model"),
         ({"base_model": "ftp:somewhere"}, "reference_invalid", "base_model"),
-        ({"base_model": "hf:org/name"}, "not_supported", "base_model"),
+        ({"base_model": "hf:org/name"}, "hub_not_allowed", "base_model"),
         ({"models": [{"adapter": "models:bad/wider"}]}, "adapter_shape", "models[0]"),
         ({"models": [{"adapter": "models:bad/unmatched"}]}, "adapter_mismatch", "models[0]"),
         ({"models": []}, "no_sources", "models"),

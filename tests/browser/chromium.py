@@ -11,6 +11,7 @@ from typing import Any
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
+PATIENCE = 30_000.0  # milliseconds: a busy machine's
 SCREENSHOTS = "MERGEYARD_TEST_SCREENSHOTS"  # a folder that keeps them; else they are not kept
 
 
@@ -22,7 +23,7 @@ class Chromium:
     def page(self, **options: Any) -> Page:
         """A page of a context of its own. What is wrong on it goes into ``wrong``."""
         page = self.browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options}).new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: self._note(message.type, message.text))
         page.on("pageerror", lambda error: self.wrong.append(str(error)))
         return page

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
-from tests.browser.chromium import Chromium, executable
+from tests.browser.chromium import PATIENCE, Chromium, executable
 from tests.browser.yard import Yard, opened
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def started_browser() -> Iterator[Browser]:
+    """Ends with the module: Playwright's event loop, while it lives, is that of every test in this process."""
     path = executable()
     if path is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser

@@ -192,7 +192,7 @@ class TestWithoutScript:
         page = open_merge(chromium, yard, job.id, java_script_enabled=False)
         expect(page.locator("#fraction")).to_have_text("30.0 %")
         yard.progress(job, 70_000_000)
-        expect(page.locator("#fraction")).to_have_text("70.0 %", timeout=15_000)
+        expect(page.locator("#fraction")).to_have_text("70.0 %")
 
     def test_cancel(self, chromium: Chromium, yard: Yard) -> None:
         page = open_merge(chromium, yard, yard.submit(), java_script_enabled=False)

@@ -21,7 +21,8 @@ from worker.job import Ending
 
 @pytest.fixture
 def yard(tmp_path: Path, tiny_models: Path, broker_url: str, queue: str, database_url: str) -> Iterator[Yard]:
-    with open_yard(tmp_path, tiny_models, broker_url, queue, tidy=False, database_url=database_url) as opened:
+    held = {"database_url": database_url, "lease_seconds": 60.0}  # leases are not what these are about
+    with open_yard(tmp_path, tiny_models, broker_url, queue, tidy=False, **held) as opened:
         yield opened
 
 

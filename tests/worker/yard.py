@@ -30,6 +30,7 @@ from tests import tiny
 
 REPOSITORY = Path(__file__).parents[2]
 SHARDED: dict[str, Any] = {"output": {"max_shard_size": "8KB"}}
+PATIENCE = 150.0  # seconds: a busy machine's, where Celery's pauses before it connects anew grow to half a minute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ class Yard:
     def resolver(self, owner: str) -> Resolver:
         return resolver_of(owner, settings=self.settings, jobs=self.jobs, store=self.store, hub=self.hub)
 
-    def finish(self, job: Job, *, seconds: float = 60) -> Job:
+    def finish(self, job: Job, *, seconds: float = PATIENCE) -> Job:
         """The job, once it is finished."""
         self.until(lambda: self.jobs.get(job.id).status.finished, seconds)
         return self.jobs.get(job.id)
@@ -85,7 +86,7 @@ class Yard:
         self.until(lambda: len(self.jobs.shards(job.id)) >= count)
         assert not self.jobs.get(job.id).status.finished, "too fast to be caught in the middle"
 
-    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it did not come to pass"
