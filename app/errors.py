@@ -115,6 +115,7 @@ CODES: dict[str, Code] = {
     "disk_full": Code(507, "system", "There is not enough disk space"),
     "out_of_memory": Code(507, "system", "There is not enough memory"),
     "hub_unavailable": Code(503, "system", "The hub cannot be reached"),
+    "store_unavailable": Code(503, "system", "The artifact store cannot be reached"),
     "broker_unavailable": Code(503, "system", "The queue cannot be reached"),
     "database_unavailable": Code(503, "system", "The database cannot be reached"),
     "streams_exhausted": Code(503, "system", "No event stream is free"),

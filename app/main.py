@@ -40,7 +40,7 @@ from app.api.readiness import Readiness
 from app.api.service import Service
 from app.api.streams import Streams
 from app.api.turns import Turns
-from app.artifacts.store import LocalStore
+from app.artifacts.opening import open_store
 from app.dashboard.frame import Pages
 from app.dashboard.pages import ROUTERS as PAGES
 from app.records.aliases import Aliases
@@ -158,14 +158,14 @@ def open_service(settings: Settings) -> Service:
     """Everything the endpoints work with, made from settings. Connects to nothing yet."""
     database = Database(settings.database, answer_seconds=settings.database_seconds)
     jobs = Jobs(database, retry_seconds=settings.retry_seconds)
-    store = LocalStore(settings.artifacts, keep_free=settings.min_free_bytes)
+    store = open_store(settings)
     keys, sessions, entries = Keys(database), Sessions(database), Audit(database)
     bell = Bell(settings.broker)
     quotas = Quotas(database)
-    readiness = Readiness(database, bell, store=settings.artifacts, data=settings.root)
-    figures = Figures(
-        database, readiness, quotas, {"store": settings.artifacts, "data": settings.root}, settings.quota_bytes
-    )
+    readiness = Readiness(database, bell, store=store, data=settings.root)
+    # a bucket has no disk to tell of
+    folders = {"data": settings.root} if settings.bucket else {"store": settings.artifacts, "data": settings.root}
+    figures = Figures(database, readiness, quotas, folders, settings.quota_bytes)
     return Service(
         settings=settings,
         database=database,

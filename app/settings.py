@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+S3_URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(/(?P<prefix>[\w./-]*))?", re.ASCII)
 
 
 class Settings(BaseSettings):
@@ -20,7 +22,16 @@ class Settings(BaseSettings):
     database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in the data folder")
     database_seconds: float = Field(10.0, ge=0.5, description="How long PostgreSQL may take to answer one statement")
     broker_url: str = Field("", description="Redis or Valkey URL; empty: a Valkey socket in the data folder")
-    artifact_store: str = Field("", description="Folder of the published artifacts; empty: in the data folder")
+    artifact_store: str = Field(
+        "", description="Of the published artifacts: a folder, or s3://BUCKET/PREFIX; empty: in the data folder"
+    )
+    s3_endpoint: str = Field("", description="Where buckets are asked for; empty: AWS, or what AWS_ENDPOINT_URL says")
+    s3_region: str = Field("", description="Of the buckets; empty: what AWS_REGION says")
+    s3_access_key_id: str = Field("", description="Empty: AWS's own variables, or the role of the machine")
+    s3_secret_access_key: str = Field("", repr=False, description="Beside it")
+    s3_downloads: Literal["stream", "redirect"] = Field(
+        "stream", description="Bytes through the API, or a redirect to a signed URL of the bucket"
+    )
     accel_redirect: str = Field("", description="nginx's internal location of the store's folder; empty: there is none")
     model_roots: str = Field("", description="Colon-separated folders that `models:` references may name")
     host: str = "127.0.0.1"
@@ -64,14 +75,16 @@ class Settings(BaseSettings):
 
     @field_validator("artifact_store")
     @classmethod
-    def _a_folder(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError("object storage is not supported yet: name a folder")
+    def _a_store(cls, value: str) -> str:
+        if "://" in value and not S3_URL.fullmatch(value):
+            raise ValueError("a folder is wanted, or s3://BUCKET/PREFIX")
         return value
 
-    @field_validator("hub_endpoint")
+    @field_validator("hub_endpoint", "s3_endpoint")
     @classmethod
-    def _an_address(cls, value: str) -> str:
+    def _an_address(cls, value: str, info: ValidationInfo) -> str:
+        if not value and info.field_name == "s3_endpoint":
+            return value
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or parts.query:
             raise ValueError("an http:// or https:// address without user and query is wanted")
@@ -108,6 +121,12 @@ class Settings(BaseSettings):
             raise ValueError("webhooks are signed: MERGEYARD_WEBHOOK_SECRET is missing")
         return self
 
+    @model_validator(mode="after")
+    def _one_way_out(self) -> Self:
+        if self.accel_redirect and self.bucket is not None:
+            raise ValueError("MERGEYARD_ACCEL_REDIRECT is for a store that is a folder")
+        return self
+
     @property
     def root(self) -> Path:
         return self.data_dir.absolute()
@@ -126,7 +145,14 @@ class Settings(BaseSettings):
         return self.broker_url or f"redis+socket://{self.root / 'valkey.sock'}"
 
     @property
+    def bucket(self) -> tuple[str, str] | None:
+        """The bucket of the artifacts, and the prefix in it; None where they are in a folder."""
+        found = S3_URL.fullmatch(self.artifact_store)
+        return None if found is None else (found["bucket"], (found["prefix"] or "").strip("/"))
+
+    @property
     def artifacts(self) -> Path:
+        """The folder of the artifacts, where they are in one."""
         return Path(self.artifact_store) if self.artifact_store else self.root / "artifacts"
 
     @property

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from threading import Event, Lock
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from mergeyard.errors import DownloadError, UnavailableError, read_error
 MANIFEST = "mergeyard.json"
 PART = ".part"
 PIECE_BYTES = 1 << 20
+REDIRECT = 307
 
 
 class OnProgress(Protocol):
@@ -164,7 +166,7 @@ def _pieces(http: httpx.Client, file: File, start: int) -> Iterator[bytes]:
     headers = {"Accept-Encoding": "identity"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": f'"{file["sha256"]}"'}
-    with http.stream("GET", file["url"], headers=headers) as response:
+    with _asked(http, file["url"], headers) as response:
         if response.status_code in RETRIED_STATUSES:
             raise _TransientError(f"the service answered {response.status_code}", retry_after(response) or 0.0)
         if not response.is_success:
@@ -175,6 +177,24 @@ def _pieces(http: httpx.Client, file: File, start: int) -> Iterator[bytes]:
         yield from response.iter_bytes()  # as they come: what is gathered into pieces is lost when it breaks
         if response.num_bytes_downloaded == 0:
             raise _TransientError("the service sent nothing")
+
+
+@contextmanager
+def _asked(http: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+    """The answer, of the bucket where the service leads there: our key is not for it, and its ETags are not ours."""
+    with http.stream("GET", url, headers=headers) as response:
+        if response.status_code != REDIRECT:
+            yield response
+            return
+        place = response.headers["location"]
+    kept = {name: value for name, value in headers.items() if name != "If-Range"}
+    request = http.build_request("GET", place, headers=kept)
+    request.headers.pop("Authorization", None)
+    found = http.send(request, stream=True)
+    try:
+        yield found
+    finally:
+        found.close()
 
 
 def _check_listing(listing: FileList, manifest: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from app import logs
 from app.artifacts.manifest import StoredFile
-from app.artifacts.store import LocalStore
+from app.artifacts.opening import open_store
+from app.artifacts.store import ArtifactStore
 from app.errors import NO_SPACE, MergeyardError
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
@@ -28,7 +29,10 @@ from app.records.owned import resolver_of
 from app.records.upkeep import Upkeep
 from app.records.workers import Workers
 from app.settings import Settings
+from app.sources.fetching.stored import from_store
+from app.sources.fetching.transfer import Transfer
 from app.sources.hub.hub import Hub, HubSettings
+from app.sources.source import RemoteFile
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import Kernels, load, warm_up
 from worker.engine.run import build_manifest, run_merge, write_manifest
@@ -58,7 +62,7 @@ class Workplace:
     jobs: Jobs
     bell: Bell
     hub: Hub
-    store: LocalStore
+    store: ArtifactStore
     kernels: Kernels
     digests: DigestCache
     worker: str  # its name, for the events
@@ -70,16 +74,30 @@ def open_workplace(settings: Settings, worker: str) -> Workplace:
     warm_up(kernels)
     database = Database(settings.database, answer_seconds=settings.database_seconds)
     _tell_device(database, worker, kernels)
+    store = open_store(settings)
+    _sweep_scratch(store, database)
     return Workplace(
         settings=settings,
         jobs=Jobs(database, retry_seconds=settings.retry_seconds),
         bell=Bell(settings.broker),
         hub=Hub(HubSettings.of(settings)),
-        store=LocalStore(settings.artifacts, keep_free=settings.min_free_bytes),
+        store=store,
         kernels=kernels,
         digests=DigestCache(settings.digests),
         worker=worker,
     )
+
+
+def _sweep_scratch(store: ArtifactStore, database: Database) -> None:
+    """What died here with its process, of jobs that nobody works on any more: other hosts' janitors cannot reach it."""
+    upkeep = Upkeep(database)
+    try:
+        for job_id in store.scratched():
+            claims = upkeep.claims(job_id)
+            if claims is None or claims.writing is None:
+                store.delete_scratch(job_id)
+    except (MergeyardError, OSError) as error:
+        log.warning("what was left of earlier work stays: %s", error)
 
 
 def _tell_device(database: Database, worker: str, kernels: Kernels) -> None:
@@ -158,7 +176,7 @@ def _merge(place: Workplace, job: Job, lease: Lease) -> tuple[Mapping[str, Any],
     plan = lease.persist(lambda: _plan_again(place, job))
     while remote := plan.remote:
         lease.stage(Stage.DOWNLOADING)
-        place.hub.transfer(remote).run(lease.progress, lease.check)
+        _transfer(place, remote).run(lease.progress, lease.check)
         plan = lease.persist(lambda: _plan_again(place, job))
     key = reuse_key(plan)
     lease.check()
@@ -175,6 +193,13 @@ def _merge(place: Workplace, job: Job, lease: Lease) -> tuple[Mapping[str, Any],
     lease.check()
     files = (*output.files, manifest)
     return artifact_row(manifest, files), key if _reusable(plan, key, job, files) else None
+
+
+def _transfer(place: Workplace, remote: Sequence[RemoteFile]) -> Transfer:
+    """What brings those files here that are where the first one is."""
+    origin = remote[0].origin
+    wanted = [file for file in remote if file.origin == origin]
+    return place.hub.transfer(wanted) if origin == "hub" else from_store(place.store, place.settings).transfer(wanted)
 
 
 def _reusable(plan: Plan, key: str | None, job: Job, files: Sequence[StoredFile]) -> bool:

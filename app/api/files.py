@@ -40,6 +40,7 @@ def answers(media_types: Collection[str], headers: Mapping[str, Any] = MappingPr
         200: {"description": "All of it", "content": content, "headers": {**DOWNLOAD_HEADERS, **headers}},
         206: {"description": "The range asked for", "content": content, "headers": {**RANGE_HEADERS, **headers}},
         304: {"description": "The ETag still holds", "headers": {"ETag": ETAG}},
+        307: {"description": "The bytes are at `Location`, for an hour (MERGEYARD_S3_DOWNLOADS=redirect)"},
         404: Problem,
         409: Problem,
         416: Problem,
@@ -87,7 +88,7 @@ async def download(caller: Reading, id: Id, path: str, request: Request, serving
     file = files.get(path)
     if file is None:
         raise MergeyardError("not_found", f"The merge has no file of that name; GET /merges/{id}/files lists them.")
-    return await send_file(request, serving, caller, id, file)
+    return await send_file(request, serving, caller, id, file, redirects=True)
 
 
 @router.get(
@@ -124,15 +125,21 @@ async def send_file(
     id: str,
     file: StoredFile,
     headers: Mapping[str, str] | None = None,
+    *,
+    redirects: bool = False,
 ) -> Response:
-    """A file of the merge ``id``, whole or in part, under whichever path it was asked for."""
+    """A file of the merge ``id``, whole or in part, under whichever path it was asked for.
+
+    ``redirects``: to the bucket, where there is one and the operator wants it. Hub clients never: they send their token
+    along to another port of the same host.
+    """
     digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
     described = {
         "Content-Type": CONTENT_TYPES.get(PurePosixPath(file.name).suffix, OTHER_FILES),
         "Repr-Digest": f"sha-256=:{digest}:",
         **(headers or {}),
     }
-    sent = _Sent(id, file.name, [Stored(file.key, file.size)])
+    sent = _Sent(id, file.name, [Stored(file.key, file.size)], redirects)
     return await _send(request, serving, caller, sent, etag=f'"{file.sha256}"', headers=described)
 
 
@@ -143,6 +150,7 @@ class _Sent:
     merge: str
     name: str
     segments: Sequence[Segment]
+    redirects: bool = False
 
 
 async def _send(
@@ -157,6 +165,7 @@ async def _send(
             etag=etag,
             headers=headers,
             accel=serving.settings.accel_redirect,
+            redirects=sent.redirects and serving.settings.s3_downloads == "redirect",
         )
     except FileNotFoundError:
         await run_in_threadpool(serving.jobs.get, sent.merge, by=caller)  # not_found: it was deleted a moment ago

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from app.artifacts.store import ArtifactStore, check_folder
 from app.errors import MergeyardError
 from app.records.bell import Bell
 from app.records.database import Database
@@ -16,12 +16,12 @@ class Readiness:
     store and of the data (uploads).
     """
 
-    def __init__(self, database: Database, bell: Bell, *, store: Path, data: Path) -> None:
+    def __init__(self, database: Database, bell: Bell, *, store: ArtifactStore, data: Path) -> None:
         self._checks: Mapping[str, Callable[[], None]] = {
             "database": database.check,
             "queue": bell.check,
-            "store": lambda: _check_folder(store, "The artifact store"),
-            "data": lambda: _check_folder(data, "The data folder"),
+            "store": store.check,
+            "data": lambda: check_folder(data, "The data folder"),
         }
 
     def look(self) -> Mapping[str, MergeyardError | None]:
@@ -34,12 +34,3 @@ class Readiness:
             except MergeyardError as error:
                 found[part] = error
         return found
-
-
-def _check_folder(folder: Path, name: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # nameless: no kill can leave it behind
-            pass
-    except OSError as error:
-        raise MergeyardError("not_ready", f"{name} cannot be written to: {error.strerror}.") from None

@@ -17,7 +17,7 @@ from app.api.readiness import Readiness
 from app.api.streams import Streams
 from app.api.turns import Turns
 from app.artifacts.manifest import StoredFile
-from app.artifacts.store import LocalStore
+from app.artifacts.store import ArtifactStore
 from app.errors import MergeyardError
 from app.records.aliases import Aliases
 from app.records.audit import Audit
@@ -57,7 +57,7 @@ class Service:
     aliases: Aliases
     bell: Bell
     hub: Hub
-    store: LocalStore
+    store: ArtifactStore
     uploads: UploadStore
     uploaded: OwnedUploads
     quotas: Quotas

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.errors import problem_response
 from app.api.ranges import NotSatisfiableError, if_range_allows, none_match, parse_range
-from app.artifacts.store import LocalStore
+from app.artifacts.store import ArtifactStore, Opened
 from app.errors import MergeyardError
 
 # In MB, not in Starlette's 64 kB, which is a fourth of the throughput.
@@ -47,16 +47,18 @@ ACCEL_OFFERED = "X-Sendfile-Type"
 async def serve(
     request: Request,
     segments: Sequence[Segment],
-    store: LocalStore,
+    store: ArtifactStore,
     *,
     etag: str,
     headers: Mapping[str, str],
     accel: str = "",
+    redirects: bool = False,
 ) -> Response:
     """Answer GET or HEAD with the segments in a row: 200, 206, 304 or 416.
 
     ``etag`` is strong and quoted. HEAD ignores Range, as RFC 9110 14.2 wants. ``accel`` is the location under which an
     nginx in front has the store: it sends what is one stored file, and looks at the same Range and If-Range again.
+    ``redirects``: to the store itself for one stored file, where it has addresses; who follows asks for the same Range.
     """
     size = sum(_length(segment) for segment in segments)
     common = {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": "private, no-transform", **headers}
@@ -74,6 +76,10 @@ async def serve(
         await to_thread.run_sync(_check, store, file)
         del common["Accept-Ranges"]  # nginx adds its own to it
         return HandedOver(headers={**common, ACCEL: accel + quote(file.key)})
+    if redirects and (file := _alone(segments)) and if_range_allows(request.headers.get("if-range"), etag):
+        await to_thread.run_sync(_check, store, file)
+        if url := await to_thread.run_sync(store.signed_url, file.key):
+            return HandedOver(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})
     start, end = wanted or (0, size)
     status, extra = 200, {"Content-Length": str(end - start)}
     if wanted:
@@ -84,15 +90,16 @@ async def serve(
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """``left`` bytes of an open file, from where it stands."""
+    """``left`` bytes of an open file, from ``start`` on, where it stands."""
 
     key: str
-    file: BinaryIO
+    file: Opened
+    start: int
     left: int
 
 
 class HandedOver(Response):
-    """No bytes, but where nginx finds them."""
+    """No bytes, but where nginx, or whoever asks, finds them."""
 
 
 class Transfer(StreamingResponse):
@@ -123,10 +130,11 @@ class Transfer(StreamingResponse):
             return
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for part in self._parts:
-            if isinstance(part, bytes):
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            else:
-                await _let_send(part, send)
+            if isinstance(part, _Opened) and part.file.local is not None:
+                await _let_send(part, part.file.local, send)
+                continue
+            async for piece in _read([part]):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def close(self) -> None:
@@ -134,8 +142,8 @@ class Transfer(StreamingResponse):
         _close_all(self._parts)
 
 
-async def _let_send(part: _Opened, send: Send) -> None:
-    descriptor, at = part.file.fileno(), part.file.tell()
+async def _let_send(part: _Opened, file: BinaryIO, send: Send) -> None:
+    descriptor, at = file.fileno(), part.start
     end = at + part.left
     while at < end:
         count = min(PIECE_BYTES, end - at)
@@ -143,7 +151,7 @@ async def _let_send(part: _Opened, send: Send) -> None:
             await checkpoint()  # a fast reader never makes the server wait, and others want their turn
         else:  # the server's own thread must not wait for the disk
             await to_thread.run_sync(os.pread, descriptor, count, at)
-        await send({"type": ZERO_COPY, "file": part.file, "offset": at, "count": count, "more_body": True})
+        await send({"type": ZERO_COPY, "file": file, "offset": at, "count": count, "more_body": True})
         at += count
     with CancelScope(shield=True):
         await to_thread.run_sync(part.file.close)
@@ -187,7 +195,7 @@ def _alone(segments: Sequence[Segment]) -> Stored | None:
     return only if isinstance(only, Stored) else None
 
 
-def _check(store: LocalStore, file: Stored) -> None:
+def _check(store: ArtifactStore, file: Stored) -> None:
     """Raises OSError where the file is not there as its manifest says."""
     if store.size(file.key) != file.size:
         raise OSError(f"{file.key} has not the {file.size} bytes its manifest says")
@@ -205,7 +213,7 @@ def _between(segments: Sequence[Segment], start: int, end: int) -> list[tuple[Se
     return wanted
 
 
-def _open_all(store: LocalStore, wanted: Sequence[tuple[Segment, int, int]]) -> list[bytes | _Opened]:
+def _open_all(store: ArtifactStore, wanted: Sequence[tuple[Segment, int, int]]) -> list[bytes | _Opened]:
     """Every file at once, before the first byte goes out: what is open outlives the deletion of its merge.
 
     A damaged store must show as an error, not as a download that stops half-way. Raises OSError.
@@ -217,10 +225,10 @@ def _open_all(store: LocalStore, wanted: Sequence[tuple[Segment, int, int]]) -> 
                 parts.append(segment[first:last])
                 continue
             file = store.open(segment.key, first)
-            parts.append(_Opened(segment.key, file, last - first))
-            if os.fstat(file.fileno()).st_size != segment.size:
+            parts.append(_Opened(segment.key, file, first, last - first))
+            if file.size != segment.size:
                 raise OSError(f"{segment.key} has not the {segment.size} bytes its manifest says")
-    except OSError:
+    except (OSError, MergeyardError):
         _close_all(parts)
         raise
     return parts

@@ -12,14 +12,17 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
 from app.artifacts.disk import Filling, reserve, sync_folder
+from app.errors import MergeyardError
 
-_PART = re.compile(r"[\w.+@ -]+")  # one part of a key; "." and ".." are refused beside it
+KEY_PART = re.compile(r"[\w.+@ -]+")  # one part of a key; "." and ".." are refused beside it
 _TRASH = ".trash"
 _PIECE = 4 << 20
 
@@ -32,15 +35,25 @@ class StoreWriter(Protocol):
     def abort(self) -> None: ...
 
 
+class Opened(Protocol):
+    """A file being read. ``size``: of all of it; ``local``: the same as a file of this machine, where it is one."""
+
+    size: int
+    local: BinaryIO | None
+
+    def read(self, count: int) -> bytes: ...
+    def close(self) -> None: ...
+
+
 class ArtifactStore(Protocol):
     """Files by key. A missing key raises FileNotFoundError; a full disk raises OSError with ENOSPC, also one on which
-    a file would leave fewer than ``keep_free`` bytes.
+    a file would leave fewer than ``keep_free`` bytes. What cannot be reached raises MergeyardError.
     """
 
     keep_free: int
 
     def create(self, key: str, size: int = 0) -> StoreWriter: ...
-    def open(self, key: str, offset: int = 0) -> BinaryIO: ...
+    def open(self, key: str, offset: int = 0) -> Opened: ...
     def size(self, key: str) -> int: ...
     def sha256(self, key: str, check: Callable[[], None]) -> str: ...
     def keys(self, prefix: str) -> Iterator[str]: ...
@@ -50,6 +63,17 @@ class ArtifactStore(Protocol):
     def empty_trash(self) -> None: ...
     def free(self) -> int | None: ...
     def scratch(self, prefix: str) -> Path: ...
+    def scratched(self) -> Iterator[str]: ...
+    def delete_scratch(self, prefix: str) -> None: ...
+    def check(self) -> None: ...
+    def local_path(self, key: str) -> Path | None: ...
+    def signed_url(self, key: str) -> str | None: ...
+
+
+def read_whole(store: ArtifactStore, key: str) -> bytes:
+    """A small file. Raises as ``open``."""
+    with closing(store.open(key)) as file:
+        return b"".join(iter(lambda: file.read(_PIECE), b""))
 
 
 class LocalStore:
@@ -65,18 +89,24 @@ class LocalStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         return LocalWriter(path, self.folder, size, self.keep_free)
 
-    def open(self, key: str, offset: int = 0) -> BinaryIO:
+    def open(self, key: str, offset: int = 0) -> LocalFile:
         """The file, to be read from ``offset`` bytes on."""
-        file = self.path(key).open("rb")
-        file.seek(offset)
-        return file
+        return LocalFile(self.path(key), offset)
 
     def path(self, key: str) -> Path:
         """The file's place. ValueError for a key that could lead anywhere else."""
         parts = key.split("/")
-        if any(part in (".", "..") or not _PART.fullmatch(part) for part in parts) or parts[0] == _TRASH:
+        if any(part in (".", "..") or not KEY_PART.fullmatch(part) for part in parts) or parts[0] == _TRASH:
             raise ValueError(f"not a store key: {key!r}")
         return self.folder.joinpath(*parts)
+
+    def local_path(self, key: str) -> Path | None:
+        """As ``path``: every file is on this machine, or on a disk that it shares."""
+        return self.path(key)
+
+    def signed_url(self, key: str) -> str | None:  # noqa: ARG002
+        """A folder has no addresses."""
+        return None
 
     def size(self, key: str) -> int:
         """In bytes."""
@@ -102,7 +132,7 @@ class LocalStore:
         if not self.folder.is_dir():
             return iter(())
         names = [path.name for path in self.folder.iterdir() if path.name != _TRASH and path.is_dir()]
-        return iter(sorted(name for name in names if _PART.fullmatch(name)))
+        return iter(sorted(name for name in names if KEY_PART.fullmatch(name)))
 
     def delete(self, key: str) -> None:
         """Delete one file; a missing one is deleted already."""
@@ -137,10 +167,21 @@ class LocalStore:
         folder.mkdir(parents=True)
         return folder
 
+    def scratched(self) -> Iterator[str]:
+        """The jobs that have scratch on this machine alone: none, it lies beside their files."""
+        return iter(())
+
+    def delete_scratch(self, prefix: str) -> None:
+        """See ``scratched``."""
+
     def free(self) -> int | None:
         """Bytes that can still be stored, ``keep_free`` not among them. A store that has no end would answer None."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return max(0, shutil.disk_usage(self.folder).free - self.keep_free)
+
+    def check(self) -> None:
+        """Raises MergeyardError ``not_ready`` where nothing can be written."""
+        check_folder(self.folder, "The artifact store")
 
     def _thin_out(self, prefix: str, keep: set[str]) -> None:
         for key in list(self.keys(prefix)):
@@ -150,6 +191,31 @@ class LocalStore:
         for folder in sorted(folders, reverse=True):  # the deepest first
             if not any(folder.iterdir()):
                 folder.rmdir()
+
+
+class LocalFile(Opened):
+    """A file of the folder, being read."""
+
+    def __init__(self, path: Path, offset: int) -> None:
+        self.local = path.open("rb")
+        self.local.seek(offset)
+        self.size = os.fstat(self.local.fileno()).st_size
+
+    def read(self, count: int) -> bytes:
+        return self.local.read(count)
+
+    def close(self) -> None:
+        self.local.close()
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Raises MergeyardError ``not_ready`` where nothing can be written below it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # nameless: no kill can leave it behind
+            pass
+    except OSError as error:
+        raise MergeyardError("not_ready", f"{name} cannot be written to: {error.strerror}.") from None
 
 
 class LocalWriter:

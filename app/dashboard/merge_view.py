@@ -11,6 +11,7 @@ from typing import Any
 
 from app.api.schemas import FileEntry, FileList, Merge
 from app.api.service import Service
+from app.artifacts.store import read_whole
 from app.dashboard.commands import Command, commands
 from app.dashboard.graph import Drawing, draw
 from app.dashboard.heatmap import Cell, Heatmap, heatmap
@@ -155,9 +156,8 @@ def _compare(serving: Service, job: Job, other: str, of_owner: Caller) -> Compar
 def _statistics(serving: Service, job: Job) -> Mapping[str, Mapping[str, Any]]:
     assert job.artifact is not None
     try:
-        with serving.store.open(job.artifact["manifest_key"]) as file:
-            manifest = json.load(file)
-    except OSError as error:
+        manifest = json.loads(read_whole(serving.store, job.artifact["manifest_key"]))
+    except (OSError, MergeyardError) as error:
         log.warning("the manifest cannot be read: %s", error, extra={"merge": job.id})
         return {}
     found = manifest.get("statistics", {})

@@ -10,7 +10,7 @@ from functools import partial
 from sqlalchemy import Select, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from app.artifacts.store import LocalStore
+from app.artifacts.store import ArtifactStore
 from app.records import quotas
 from app.records.audit import record
 from app.records.database import Database, clock
@@ -20,6 +20,7 @@ from app.records.published import merged_files
 from app.records.quotas import NO_LIMITS, Limits
 from app.records.tables import uploads
 from app.settings import Settings
+from app.sources.fetching.stored import from_store
 from app.sources.hub.hub import Hub
 from app.sources.resolver import Resolver
 from app.sources.uploads import Upload
@@ -60,7 +61,7 @@ class OwnedUploads:
             return frozenset(connection.scalars(select(uploads.c.digest).where(uploads.c.owner == owner)))
 
 
-def resolver_of(owner: str, *, settings: Settings, jobs: Jobs, store: LocalStore, hub: Hub) -> Resolver:
+def resolver_of(owner: str, *, settings: Settings, jobs: Jobs, store: ArtifactStore, hub: Hub) -> Resolver:
     """Where ``owner``'s recipes lead: the roots, the hub as far as the operator allows it, and of uploads and merges
     their own alone, also for an admin's key.
     """
@@ -68,7 +69,7 @@ def resolver_of(owner: str, *, settings: Settings, jobs: Jobs, store: LocalStore
         roots=settings.roots,
         uploads=settings.uploads,
         may_use=partial(OwnedUploads(jobs.database).has, owner),
-        merges=partial(merged_files, jobs, store, owner),
+        merges=partial(merged_files, jobs, store, from_store(store, settings), owner),
         hub=hub,
     )
 

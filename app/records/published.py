@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from app.artifacts.manifest import MANIFEST_NAME, StoredFile
-from app.artifacts.store import LocalStore
+from app.artifacts.manifest import MANIFEST_NAME, StoredFile, commit_of
+from app.artifacts.store import ArtifactStore
 from app.errors import MergeyardError
 from app.records.job import Job
 from app.records.jobs import Jobs
 from app.records.key import Caller
+from app.sources.accepted import is_accepted
+from app.sources.fetching.fetching import Fetching
 from app.sources.resolver import MergedFiles
+from app.sources.source import RemoteFile
 
 
 def artifact_files(job: Job) -> dict[str, StoredFile]:
@@ -18,8 +21,11 @@ def artifact_files(job: Job) -> dict[str, StoredFile]:
     return {file.name: file for file in sorted(listed, key=lambda file: file.name != MANIFEST_NAME)}
 
 
-def merged_files(jobs: Jobs, store: LocalStore, owner: str, job_id: str) -> MergedFiles:
-    """A published merge of ``owner`` as a source (``merge:ID``). Raises ``source_not_found``."""
+def merged_files(jobs: Jobs, store: ArtifactStore, stored: Fetching, owner: str, job_id: str) -> MergedFiles:
+    """A published merge of ``owner`` as a source (``merge:ID``); ``stored`` brings here what the store has elsewhere.
+
+    Raises ``source_not_found``, and what ``stored`` raises.
+    """
     try:
         job = jobs.get(job_id, by=Caller(owner=owner, scopes=frozenset()))
     except MergeyardError as error:
@@ -30,4 +36,23 @@ def merged_files(jobs: Jobs, store: LocalStore, owner: str, job_id: str) -> Merg
         message = f"merge:{job_id} is {job.status}: only a succeeded merge can be a source."
         raise MergeyardError("source_not_found", message)
     files = artifact_files(job)
-    return MergedFiles(files={name: store.path(file.key) for name, file in files.items()})
+    here = {name: path for name, file in files.items() if (path := store.local_path(file.key)) is not None}
+    if here:
+        return MergedFiles(files=here)
+    commit = commit_of(job.artifact["manifest_sha256"])
+    there = [_remote(file, f"merge:{job_id}", commit) for name, file in files.items() if is_accepted(name)]
+    small = stored.small([file for file in there if not file.name.endswith(".safetensors")])
+    weights, remote = stored.weights([file for file in there if file.name.endswith(".safetensors")])
+    return MergedFiles(files={**small, **weights}, remote=remote)
+
+
+def _remote(file: StoredFile, reference: str, commit: str) -> RemoteFile:
+    return RemoteFile(
+        origin="store",
+        repository=reference,
+        commit=commit,
+        name=file.name,
+        size=file.size,
+        digest=file.sha256,
+        key=file.key,
+    )

@@ -17,9 +17,10 @@ from app.sources.source import AdapterSource, ModelSource, RemoteFile, SourceFil
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergedFiles:
-    """A published merge's files: names users see → real paths."""
+    """A published merge's files: names users see → real paths, of those that are ``remote`` with the header alone."""
 
     files: Mapping[str, Path]
+    remote: Mapping[str, RemoteFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +105,9 @@ class Resolver:
             case "merge":
                 if self.merges is None:
                     raise MergeyardError("source_not_found", f"{text} can be used through the service only")
-                files = {name: path.resolve() for name, path in self.merges(reference.name).files.items()}
-                return Found(reference=reference, files=files)
+                merged = self.merges(reference.name)
+                files = {name: path.resolve() for name, path in merged.files.items()}
+                return Found(reference=reference, files=files, remote=merged.remote)
             case "models":
                 return self._below_roots(reference.name, text)
             case "hf":

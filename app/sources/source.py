@@ -9,18 +9,24 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteFile:
-    """A file of the hub. ``digest`` is its sha256 in hex, or of a small one the id that git gives it (sha1)."""
+    """A file that is elsewhere: at the ``origin`` hub, of a ``repository`` at a ``commit``; in the store, of what a
+    reference (``repository``) names, under a ``key``.
 
+    ``digest`` is its sha256 in hex, or of a small one of the hub the id that git gives it (sha1).
+    """
+
+    origin: Literal["hub", "store"] = "hub"
     repository: str
     commit: str
     name: str
     size: int
     digest: str
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ import httpx
 
 from app.api.examples import RECIPE
 from app.artifacts.manifest import MANIFEST_NAME
-from app.artifacts.store import LocalStore
+from app.artifacts.opening import open_store
+from app.artifacts.store import ArtifactStore
 from app.records.database import Database
 from app.records.job import Job, NewJob
 from app.records.jobs import Jobs
@@ -35,7 +36,7 @@ class ServedApi:
     http: httpx.Client
     settings: Settings
     jobs: Jobs
-    store: LocalStore
+    store: ArtifactStore
 
     @property
     def url(self) -> str:
@@ -135,7 +136,7 @@ def serving(settings: Settings) -> Iterator[ServedApi]:
     database = Database(settings.database)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            yield ServedApi(http, settings, Jobs(database), LocalStore(settings.artifacts))
+            yield ServedApi(http, settings, Jobs(database), open_store(settings))
     finally:
         database.close()
         server.should_exit = True

@@ -11,7 +11,7 @@ import os
 import tarfile
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
@@ -23,7 +23,7 @@ from starlette.responses import StreamingResponse
 from app.api import transfer
 from app.api.archive import tar_segments
 from app.artifacts.manifest import MANIFEST_NAME, StoredFile
-from app.artifacts.store import LocalStore
+from app.artifacts.store import LocalFile, LocalStore, Opened
 from app.records.job import Job
 from tests.api.serving import ServedApi, problem
 
@@ -231,7 +231,7 @@ def test_a_merge_that_is_deleted_between_the_look_and_the_opening_is_not_found(
     job = api.published({"model.safetensors": b"x" * 100})
     looked_up = LocalStore.open
 
-    def delete_first(store: LocalStore, key: str, offset: int = 0) -> BinaryIO:
+    def delete_first(store: LocalStore, key: str, offset: int = 0) -> Opened:
         if api.store.path(key).exists():
             assert httpx.delete(f"{api.url}/merges/{job.id}").status_code == 204
         return looked_up(store, key, offset)
@@ -256,11 +256,11 @@ class TestHowBytesAreSent:
         async def receive() -> Any:
             await anyio.sleep_forever()
 
-        opened = transfer._Opened("key", path.open("rb"), size)
+        opened = transfer._Opened("key", LocalFile(path, 0), 0, size)
         response = transfer.Transfer([b"abc", opened, b"de"], status_code=200, headers={})
         scope = {"type": "http", "extensions": extensions, "asgi": {"spec_version": "2.3"}}
         anyio.run(response, scope, receive, send)
-        assert opened.file.closed
+        assert opened.file.local.closed
         return messages
 
     @pytest.mark.parametrize("cached", [True, False])

@@ -20,7 +20,7 @@ from app.records.keys import Keys
 from app.settings import Settings
 from tests import servers
 from tests.api.serving import ServedApi, serving
-from tests.hub.environments import REQUIREMENTS, python_of
+from tests.hub.clients import REQUIREMENTS, python_of
 
 CLIENT = Path(__file__).with_name("client.py")
 

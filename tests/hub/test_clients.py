@@ -16,8 +16,8 @@ from app.records.job import Job
 from app.settings import Settings
 from tests.api.serving import serving
 from tests.faults.proxy import Proxy, proxied
+from tests.hub.clients import REQUIREMENTS
 from tests.hub.conftest import Client, Hub
-from tests.hub.environments import REQUIREMENTS
 
 FILES = {
     "model-00001-of-00002.safetensors": random.Random(1).randbytes(3_000_000),

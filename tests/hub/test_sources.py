@@ -347,7 +347,7 @@ class TestFetching:
 
     @pytest.fixture(autouse=True)
     def _at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("app.sources.hub.transfer.PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr("app.sources.fetching.transfer.PAUSE_SECONDS", 0.01)
 
     def test_a_connection_that_is_cut_is_taken_up_where_it_broke(
         self, settings: HubSettings, there: Published, large: Job, broken: Proxy
@@ -415,7 +415,7 @@ class TestFetching:
     def test_it_stops_when_it_is_told_to_and_keeps_what_came(
         self, settings: HubSettings, large: Job, broken: Proxy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("app.sources.hub.transfer.PAUSE_SECONDS", 60)  # the first cut is where it waits
+        monkeypatch.setattr("app.sources.fetching.transfer.PAUSE_SECONDS", 60)  # the first cut is where it waits
         hub = Hub(replace(settings, endpoint=f"http://127.0.0.1:{broken.port}"))
         transfer = hub.transfer(hub.files(f"merges/{large.id}").remote.values())
         here: list[int] = []

@@ -22,8 +22,8 @@ from app.records.keys import Keys
 from mergeyard import Client as Mergeyard
 from tests import tiny
 from tests.api.serving import ServedApi, serving
+from tests.hub.clients import python_of
 from tests.hub.conftest import Client
-from tests.hub.environments import python_of
 from tests.worker.attempts import lonely_yard, place_in
 from worker.job import Ending, work
 from worker.lease import StopRequest

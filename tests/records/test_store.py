@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,9 @@ def test_what_is_written_reads_back_from_any_offset(store: LocalStore) -> None:
     key = "job/token/folder/model.safetensors"
     assert store.size(key) == 11 and store.path(key).read_bytes() == b"hello world"
     assert store.sha256(key, lambda: None) == hashlib.sha256(b"hello world").hexdigest()
-    with store.open(key, 6) as file:
-        assert file.read() == b"world"
+    with closing(store.open(key, 6)) as file:
+        assert file.read(3) == b"wor" and file.read(100) == b"ld" and file.read(1) == b""
+        assert file.size == 11
 
 
 def test_hashing_can_be_stopped_after_any_piece(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,9 @@ from worker.lease import StopRequest
 
 
 @contextmanager
-def lonely_yard(folder: Path, models: Path) -> Iterator[Yard]:
+def lonely_yard(folder: Path, models: Path, **settings: Any) -> Iterator[Yard]:
     """No worker, no broker, and no janitor either: nobody but the test touches the rows."""
-    with open_yard(folder, models, f"redis+socket://{folder}/nobody.sock", "default", tidy=False) as opened:
+    with open_yard(folder, models, f"redis+socket://{folder}/nobody.sock", "default", tidy=False, **settings) as opened:
         yield opened
 
 

@@ -14,7 +14,8 @@ from typing import IO, Any
 
 import psutil
 
-from app.artifacts.store import LocalStore
+from app.artifacts.opening import open_store
+from app.artifacts.store import ArtifactStore
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
 from app.records.bell import Bell
@@ -40,7 +41,7 @@ class Yard:
     settings: Settings
     jobs: Jobs
     bell: Bell
-    store: LocalStore
+    store: ArtifactStore
     janitor: Janitor
     hub: Hub
 
@@ -122,7 +123,7 @@ def open_yard(
     made = Settings(**(values | settings))
     database, bell = Database(made.database), Bell(made.broker)
     database.migrate()
-    jobs, store = Jobs(database), LocalStore(made.artifacts)
+    jobs, store = Jobs(database), open_store(made)
     janitor = Janitor(jobs, bell, 0.5, store)
     hub = Hub(HubSettings.of(made))
     if tidy:

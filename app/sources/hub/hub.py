@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +16,18 @@ from app.errors import NO_SPACE, MergeyardError
 from app.settings import Settings
 from app.sources.accepted import is_accepted
 from app.sources.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from app.sources.hub.cache import HubCache
-from app.sources.hub.transfer import Transfer
+from app.sources.fetching.cache import FetchCache
+from app.sources.fetching.fetching import Fetching
+from app.sources.fetching.transfer import Transfer
+from app.sources.hub.listings import Listings
 from app.sources.models import INDEX, PICKLES
 from app.sources.opening import MAX_SMALL_BYTES
 from app.sources.references import COMMIT, Reference, split_revision
-from app.sources.safetensors import MAX_HEADER_BYTES
 from app.sources.source import RemoteFile
 
 if TYPE_CHECKING:
     from app.sources.hub.wire import Wire
 
-FIRST_BYTES = 1 << 17  # of a safetensors file: most headers are shorter
-AT_ONCE = 8  # small requests
 DIGEST = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 SINGLE = "model.safetensors"
 
@@ -72,7 +70,8 @@ class Hub:
 
     def __init__(self, settings: HubSettings) -> None:
         self._settings = settings
-        self._cache = HubCache(settings.cache, keep_free=settings.keep_free)
+        self._fetching = Fetching(FetchCache(settings.cache, keep_free=settings.keep_free), self._connect)
+        self._listings = Listings(settings.cache / "listings")
         self._lock = Lock()
         self._wire: Wire | None = None
 
@@ -102,11 +101,11 @@ class Hub:
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
-            raise _full(self._cache.folder) from error
+            raise _full(self._settings.cache) from error
 
     def transfer(self, files: Iterable[RemoteFile]) -> Transfer:
         """What brings these files here, whole."""
-        return Transfer(files, self._cache, self._connect)
+        return self._fetching.transfer(files)
 
     def _connect(self) -> Wire:
         from app.sources.hub.wire import Wire  # noqa: PLC0415 (whoever asks no hub need not wait for its import)
@@ -120,31 +119,29 @@ class Hub:
         repository, revision = split_revision(name)
         commit, listing = self._listing(repository, revision)
         wanted = self._wanted(listing, repository, commit)
-        small = [file for file in wanted if not file.name.endswith(".safetensors")]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            paths = dict(zip((file.name for file in small), pool.map(self._whole, small), strict=True))
-            weights = _read_weights(wanted, paths)
-            if (size := sum(file.size for file in weights)) > self._settings.most_bytes:
-                message = f"{repository} has {size} bytes of weights; at most {self._settings.most_bytes} are fetched"
-                raise MergeyardError("source_too_large", message)
-            here = {file.name: whole for file in weights if (whole := self._cache.whole(file))}
-            remote = {file.name: file for file in weights if file.name not in here}
-            headers = dict(zip(remote, pool.map(self._header, remote.values()), strict=True))
+        paths = self._fetching.small([file for file in wanted if not file.name.endswith(".safetensors")])
+        weights = _read_weights(wanted, paths)
+        if (size := sum(file.size for file in weights)) > self._settings.most_bytes:
+            message = f"{repository} has {size} bytes of weights; at most {self._settings.most_bytes} are fetched"
+            raise MergeyardError("source_too_large", message)
+        known, remote = self._fetching.weights(weights)
         # Names alone: what is pickled is refused by name, as in any folder, and never fetched.
-        pickles = {file: self._cache.folder for file in listing["files"] if file.endswith(PICKLES) and "/" not in file}
+        pickles = {
+            file: self._settings.cache for file in listing["files"] if file.endswith(PICKLES) and "/" not in file
+        }
         reference = Reference("hf", f"{repository}@{commit}")
-        return HubFiles(reference=reference, paths={**pickles, **paths, **here, **headers}, remote=remote)
+        return HubFiles(reference=reference, paths={**pickles, **paths, **known}, remote=remote)
 
     def _listing(self, repository: str, revision: str) -> tuple[str, Mapping[str, Any]]:
         from app.sources.hub.wire import listed, unavailable  # noqa: PLC0415
 
         commit = revision if COMMIT.fullmatch(revision) else None
-        if commit is not None and (known := self._cache.listing(repository, commit)) is not None:
+        if commit is not None and (known := self._listings.of(repository, commit)) is not None:
             return commit, known
         listing = listed(self._connect().info(repository, revision))
         if not COMMIT.fullmatch(str(listing["commit"])) or (commit or listing["commit"]) != listing["commit"]:
             raise unavailable(self._settings.endpoint, f"it answers {repository}@{revision} with another commit")
-        self._cache.keep_listing(repository, listing["commit"], listing)
+        self._listings.keep(repository, listing["commit"], listing)
         return listing["commit"], listing
 
     def _wanted(self, listing: Mapping[str, Any], repository: str, commit: str) -> list[RemoteFile]:
@@ -161,26 +158,6 @@ class Hub:
                 raise MergeyardError("source_too_large", message)
             wanted.append(RemoteFile(repository=repository, commit=commit, name=name, size=size, digest=digest))
         return wanted
-
-    def _whole(self, file: RemoteFile) -> Path:
-        if (path := self._cache.whole(file)) is None:
-            self.transfer([file]).run()
-            path = self._cache.whole(file)
-        assert path is not None
-        return path.resolve()
-
-    def _header(self, file: RemoteFile) -> Path:
-        """The header alone, in one request or two. What it says is for ``read_header`` to judge."""
-        if (path := self._cache.header(file)) is None:
-            content = self._connect().start_of(file, 0, FIRST_BYTES)
-            end = 8 + int.from_bytes(content[:8], "little")
-            if end > 8 + MAX_HEADER_BYTES:
-                message = f"{file.name} of {file.repository} is not an acceptable safetensors file: its header is vast"
-                raise MergeyardError("source_format", message)
-            if end > len(content) < file.size:
-                content += self._connect().start_of(file, len(content), end)
-            path = self._cache.keep_header(file, content[:end])
-        return path.resolve()
 
     def _not_allowed(self, name: str) -> MergeyardError:
         repository = split_revision(name)[0]

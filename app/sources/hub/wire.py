@@ -90,13 +90,16 @@ class Wire:
     def opened(self, file: RemoteFile, start: int) -> Iterator[Iterator[bytes]]:
         """The file's bytes from ``start`` on, as they come, and no more of them than the file has.
 
-        Raises as ``info``; what breaks on the way is an httpx2.RequestError.
+        Raises as ``info``, also on the way.
         """
         headers = {"Range": f"bytes={start}-"} if start else {}
-        with self._http.stream("GET", self._url(file), headers=headers) as response:
-            self._check(response, _named(file))
-            skipped = start if response.status_code != 206 else 0
-            yield _bounded(response, skipped, file.size - start)
+        try:
+            with self._http.stream("GET", self._url(file), headers=headers) as response:
+                self._check(response, _named(file))
+                skipped = start if response.status_code != 206 else 0
+                yield _bounded(response, skipped, file.size - start)
+        except httpx2.RequestError as error:
+            raise self._broken(error) from None
 
     def _bytes(
         self,
@@ -117,14 +120,14 @@ class Wire:
                     return b"".join(_bounded(response, first, most))
             except httpx2.RequestError as error:
                 if attempt == TRIES:
-                    raise self.broken(error) from None
+                    raise self._broken(error) from None
             except MergeyardError as error:
                 if attempt == TRIES or error.code != "hub_unavailable":
                     raise
             time.sleep(PAUSE_SECONDS * attempt)
         raise AssertionError("the last try returns or raises")
 
-    def broken(self, error: Exception) -> MergeyardError:
+    def _broken(self, error: Exception) -> MergeyardError:
         """A connection that could not be made, or broke."""
         log.warning("the hub cannot be reached: %s: %s", type(error).__name__, error)
         return unavailable(self.endpoint, str(error) or type(error).__name__)

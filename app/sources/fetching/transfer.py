@@ -1,24 +1,41 @@
-"""Files of the hub, brought here whole: several at once, resumed, bounded and verified."""
+"""Files that are elsewhere, brought here whole: several at once, resumed, bounded and verified."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from app.errors import NO_SPACE, MergeyardError
-from app.sources.hub.cache import HubCache, Part
+from app.sources.fetching.cache import FetchCache, Part
 from app.sources.source import RemoteFile
-
-if TYPE_CHECKING:
-    from app.sources.hub.wire import Wire
 
 FILES_AT_ONCE = 4
 TRIES = 5  # in a row that bring nothing
 PAUSE_SECONDS = 0.5  # before the second, and twice as long before each one after it
 LONGEST_PAUSE = 8.0
 LOOK_SECONDS = 0.2  # between two checks whether to go on
+
+
+class Wire(Protocol):
+    """How to ask for files where they are. Safe to share between threads.
+
+    What may be different a moment later is a MergeyardError whose fault is the system's; others are final.
+    """
+
+    def start_of(self, file: RemoteFile, start: int, stop: int) -> bytes:
+        """Bytes ``start`` up to ``stop``, or up to the file's end."""
+        ...
+
+    def opened(self, file: RemoteFile, start: int) -> AbstractContextManager[Iterator[bytes]]:
+        """The file's bytes from ``start`` on, as they come, and no more of them than the file has."""
+        ...
+
+    def ended(self, file: RemoteFile, size: int) -> MergeyardError:
+        """What to say of a file that ended after ``size`` bytes, without an error."""
+        ...
 
 
 class _Stopped(Exception):  # noqa: N818 — news, not an error
@@ -28,7 +45,7 @@ class _Stopped(Exception):  # noqa: N818 — news, not an error
 class Transfer:
     """Of ``files`` those that are not here whole: ``total`` bytes, of which what is here in part counts as done."""
 
-    def __init__(self, files: Iterable[RemoteFile], cache: HubCache, wire: Callable[[], Wire]) -> None:
+    def __init__(self, files: Iterable[RemoteFile], cache: FetchCache, wire: Callable[[], Wire]) -> None:
         by_digest = {file.digest: file for file in files}
         self.files = [file for file in by_digest.values() if cache.whole(file) is None]
         self.total = sum(file.size for file in self.files)
@@ -44,13 +61,13 @@ class Transfer:
         """Bring them here. ``on_progress`` is told the bytes that are here and those in all; ``check`` may raise.
 
         Raises:
-            MergeyardError: `hub_unavailable`, `hub_forbidden`, `source_not_found`, `hub_not_allowed`,
-                `digest_mismatch`, `disk_full`; or what ``check`` raised. What has arrived is kept for the next time.
+            MergeyardError: what the wire raises, `digest_mismatch`, `disk_full`; or what ``check`` raised. What has
+                arrived is kept for the next time.
         """
         if not self.files:
             return
         wire = self._wire()
-        with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="hub") as pool:
+        with ThreadPoolExecutor(FILES_AT_ONCE, thread_name_prefix="fetch") as pool:
             fetched: list[Future[None]] = [pool.submit(self._fetch, wire, file) for file in self.files]
             try:
                 while (states := wait(fetched, LOOK_SECONDS, FIRST_EXCEPTION)).not_done:
@@ -84,13 +101,11 @@ class Transfer:
                 raise
             message = f"{file.name} of {file.repository} ({file.size} bytes) has no room on the disk of what is fetched"
             raise MergeyardError("disk_full", message) from error
-        message = f"{file.name} of {file.repository}@{file.commit[:12]} arrived with another digest than the hub tells"
+        message = f"{file.name} of {file.repository}@{file.commit[:12]} arrived with another digest than it should have"
         raise MergeyardError("digest_mismatch", message)
 
     def _complete(self, wire: Wire, file: RemoteFile, part: Part) -> None:
         """Go on until all bytes are there; a connection that breaks is taken up again where it broke."""
-        import httpx2  # noqa: PLC0415 (as Hub._wire)
-
         failures = 0
         while part.size < file.size:
             before = part.size
@@ -101,10 +116,8 @@ class Transfer:
                         part.write(piece)
                         self._pause(file, part.size)
                 problem = wire.ended(file, part.size)
-            except httpx2.RequestError as error:
-                problem = wire.broken(error)
             except MergeyardError as error:
-                if error.code != "hub_unavailable":
+                if error.fault != "system":
                     raise
                 problem = error
             if part.size == file.size:

@@ -1,4 +1,4 @@
-"""What is here of the hub, in one folder: listings of commits, headers of weights, and whole files, each by its digest.
+"""What is here of files that are elsewhere, in one folder: headers of weights, and whole files, each by its digest.
 
 A whole file gets its name when all of it is there and has the digest; until then it is ``NAME.part``, which whoever
 wants it next takes up where it ends. Several processes may share the folder, which may be deleted whenever nothing is
@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,21 +25,11 @@ MOMENT_NS = 10**18  # the mtime of every file: a commit's files have none, and h
 SHA256_DIGITS = 64
 
 
-class HubCache:
+class FetchCache:
     """The folder. ``keep_free``: bytes of its disk that it does not take."""
 
     def __init__(self, folder: Path, *, keep_free: int = 0) -> None:
         self.folder, self._keep_free = folder, keep_free
-
-    def listing(self, repository: str, commit: str) -> Mapping[str, Any] | None:
-        try:
-            found = json.loads(self._listing(repository, commit).read_bytes())
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
-
-    def keep_listing(self, repository: str, commit: str, listing: Mapping[str, Any]) -> None:
-        self._write(self._listing(repository, commit), json.dumps(listing).encode())
 
     def whole(self, file: RemoteFile) -> Path | None:
         """The file, where all of it is here."""
@@ -53,7 +42,7 @@ class HubCache:
         return path if path.is_file() else None
 
     def keep_header(self, file: RemoteFile, header: bytes) -> Path:
-        return self._write(self.folder / "headers" / file.digest, header)
+        return write_whole(self.folder / "headers" / file.digest, header)
 
     @contextmanager
     def part(self, file: RemoteFile, wait: Callable[[int], None]) -> Iterator[Part | None]:
@@ -77,21 +66,18 @@ class HubCache:
                     yield Part(stream, path, target, file, self._keep_free)
                     return
 
-    def _listing(self, repository: str, commit: str) -> Path:
-        return self.folder / "listings" / f"{repository.replace('/', '--')}@{commit}.json"
 
-    @staticmethod
-    def _write(path: Path, content: bytes) -> Path:
-        """All of it or nothing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            draft.write_bytes(content)
-            os.utime(draft, ns=(MOMENT_NS, MOMENT_NS))
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-        return path
+def write_whole(path: Path, content: bytes) -> Path:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        draft.write_bytes(content)
+        os.utime(draft, ns=(MOMENT_NS, MOMENT_NS))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
 
 
 class _Stream(Protocol):

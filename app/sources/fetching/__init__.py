@@ -1,0 +1,1 @@
+"""Files that are somewhere else: what is here of them, and how the rest comes."""
