@@ -52,7 +52,7 @@ from app.records.following import Following
 from app.records.janitor import Janitor
 from app.records.jobs import Jobs
 from app.records.keys import Keys
-from app.records.owned import OwnedUploads
+from app.records.owned import OwnedUploads, stored_uploads
 from app.records.queues import Queues
 from app.records.quotas import Quotas
 from app.records.sessions import Sessions
@@ -176,7 +176,9 @@ def open_service(settings: Settings) -> Service:
         bell=bell,
         hub=Hub(HubSettings.of(settings)),
         store=store,
-        uploads=UploadStore(settings.uploads, keep_free=settings.min_free_bytes),
+        uploads=UploadStore(
+            settings.uploads, keep_free=settings.min_free_bytes, stored=stored_uploads(store, settings)
+        ),
         uploaded=OwnedUploads(database),
         quotas=quotas,
         planning=Turns(settings.plans_at_once, settings.plan_wait_seconds),

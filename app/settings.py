@@ -29,6 +29,7 @@ class Settings(BaseSettings):
     s3_region: str = Field("", description="Of the buckets; empty: what AWS_REGION says")
     s3_access_key_id: str = Field("", description="Empty: AWS's own variables, or the role of the machine")
     s3_secret_access_key: str = Field("", repr=False, description="Beside it")
+    s3_sources: str = Field("", description="What `s3:` may name: s3://BUCKET/PREFIX, …; empty: no bucket is read")
     s3_downloads: Literal["stream", "redirect"] = Field(
         "stream", description="Bytes through the API, or a redirect to a signed URL of the bucket"
     )

@@ -14,21 +14,25 @@ from app.planning.plan import Plan
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
 from app.settings import Settings
+from app.sources.buckets import Buckets
 from app.sources.hub.hub import Hub, HubSettings
 from app.sources.resolver import Resolver
 
 
 @dataclass(frozen=True, kw_only=True)
 class Here:
-    """This machine: its settings, the ``folder`` that plain paths are relative to, and the hub, all of it."""
+    """This machine: its settings, the ``folder`` that plain paths are relative to, the hub and buckets, all of them."""
 
     settings: Settings
     folder: Path
     hub: Hub
+    buckets: Buckets
 
     def resolver(self) -> Resolver:
         uploads = self.settings.uploads if self.settings.uploads.is_dir() else None
-        return Resolver(roots=self.settings.roots, uploads=uploads, local=self.folder, hub=self.hub)
+        return Resolver(
+            roots=self.settings.roots, uploads=uploads, local=self.folder, hub=self.hub, buckets=self.buckets
+        )
 
 
 def here(folder: Path, settings: Settings) -> Here:
@@ -45,7 +49,8 @@ def here(folder: Path, settings: Settings) -> Here:
         token=given.token or _own_token(settings),
         cache=given.cache if kept else caches / "mergeyard" / "hub",
     )
-    return Here(settings=settings, folder=folder, hub=Hub(hub))
+    own = settings.model_copy(update={"hub_cache": hub.cache})
+    return Here(settings=settings, folder=folder, hub=Hub(hub), buckets=Buckets(own, None))
 
 
 def plan_recipe(text: str, here: Here) -> Plan:
@@ -56,7 +61,9 @@ def plan_recipe(text: str, here: Here) -> Plan:
 def fetch_remote(plan: Plan, here: Here, on_progress: Callable[[int, int], None]) -> Plan:
     """The same plan with everything on this machine. Raises MergeyardError as ``Transfer.run`` does."""
     while plan.remote:
-        here.hub.transfer(plan.remote).run(on_progress)
+        first = plan.remote[0]
+        wanted = [file for file in plan.remote if (file.origin, file.repository) == (first.origin, first.repository)]
+        (here.hub if first.origin == "hub" else here.buckets).transfer(wanted).run(on_progress)
         plan = make_plan(parse_recipe(plan.recipe), here.resolver())  # its revisions are commits
     return plan
 

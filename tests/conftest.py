@@ -12,6 +12,7 @@ from app.records.database import Database
 from app.records.jobs import Jobs
 from app.records.tables import metadata
 from tests import servers, tiny
+from tests.objects.s3 import Bucket, new_bucket, s3_server
 
 
 def pytest_report_header() -> list[str]:
@@ -95,3 +96,16 @@ def jobs(database: Database) -> Jobs:
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model root with ``tiny-llama`` and the adapters ``sql`` and ``json``; read only, see ``tests.tiny``."""
     return tiny.write_root(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A real S3 server; make buckets with ``new_bucket``."""
+    with servers.short_folder() as folder, s3_server(folder) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str) -> Bucket:
+    """An empty one."""
+    return new_bucket(s3_endpoint)

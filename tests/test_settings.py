@@ -34,7 +34,30 @@ def test_reading_the_settings_imports_no_database() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_object_storage_is_refused_rather_than_made_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MERGEYARD_ARTIFACT_STORE", "s3://bucket/prefix")
-    with pytest.raises(ValueError, match="object storage is not supported yet"):
-        Settings()
+@pytest.mark.parametrize(
+    ("url", "bucket"),
+    [
+        ("", None),
+        ("/srv/artifacts", None),
+        ("s3://yard-1.eu", ("yard-1.eu", "")),
+        ("s3://yard/", ("yard", "")),
+        ("s3://yard/a/b/", ("yard", "a/b")),
+    ],
+)
+def test_a_store_is_a_folder_or_a_bucket(url: str, bucket: tuple[str, str] | None) -> None:
+    assert Settings(artifact_store=url).bucket == bucket
+
+
+@pytest.mark.parametrize("url", ["gs://yard/x", "s3://", "s3://Yard/x", "s3://yard/a b", "https://yard.s3.test/x"])
+def test_any_other_store_is_refused_rather_than_made_a_folder(url: str) -> None:
+    with pytest.raises(ValueError, match="s3://BUCKET/PREFIX"):
+        Settings(artifact_store=url)
+
+
+def test_nginx_has_no_way_into_a_bucket() -> None:
+    with pytest.raises(ValueError, match="ACCEL_REDIRECT"):
+        Settings(artifact_store="s3://yard/x", accel_redirect="/_artifacts/")
+
+
+def test_the_secret_is_in_no_representation() -> None:
+    assert "hush" not in repr(Settings(s3_secret_access_key="hush"))

@@ -29,6 +29,7 @@ from app.records.owned import resolver_of
 from app.records.upkeep import Upkeep
 from app.records.workers import Workers
 from app.settings import Settings
+from app.sources.buckets import Buckets
 from app.sources.fetching.stored import from_store
 from app.sources.fetching.transfer import Transfer
 from app.sources.hub.hub import Hub, HubSettings
@@ -199,7 +200,14 @@ def _transfer(place: Workplace, remote: Sequence[RemoteFile]) -> Transfer:
     """What brings those files here that are where the first one is."""
     origin = remote[0].origin
     wanted = [file for file in remote if file.origin == origin]
-    return place.hub.transfer(wanted) if origin == "hub" else from_store(place.store, place.settings).transfer(wanted)
+    match origin:
+        case "hub":
+            return place.hub.transfer(wanted)
+        case "store":
+            return from_store(place.store, place.settings).transfer(wanted)
+        case "bucket":  # one after another: each has connections of its own
+            first = [file for file in wanted if file.repository == remote[0].repository]
+            return Buckets.of(place.settings).transfer(first)
 
 
 def _reusable(plan: Plan, key: str | None, job: Job, files: Sequence[StoredFile]) -> bool:

@@ -38,7 +38,8 @@ from app.records.upkeep import Upkeep
 from app.records.workers import Workers
 from app.settings import Settings
 from app.sources.hub.hub import Hub
-from app.sources.resolver import MergedFiles, Resolver
+from app.sources.resolver import Resolver
+from app.sources.source import FoundFiles
 from app.sources.uploads import UploadStore
 from app.webhooks.outbound import Allowed
 
@@ -80,7 +81,7 @@ class Service:
         if merges is None or (find := found.merges) is None:
             return found
 
-        def noting(job_id: str) -> MergedFiles:
+        def noting(job_id: str) -> FoundFiles:
             files = find(job_id)
             merges.add(job_id)
             return files

@@ -20,9 +20,11 @@ from app.records.published import merged_files
 from app.records.quotas import NO_LIMITS, Limits
 from app.records.tables import uploads
 from app.settings import Settings
+from app.sources.buckets import Buckets
 from app.sources.fetching.stored import from_store
 from app.sources.hub.hub import Hub
 from app.sources.resolver import Resolver
+from app.sources.stored_uploads import StoredUploads
 from app.sources.uploads import Upload
 
 
@@ -65,13 +67,21 @@ def resolver_of(owner: str, *, settings: Settings, jobs: Jobs, store: ArtifactSt
     """Where ``owner``'s recipes lead: the roots, the hub as far as the operator allows it, and of uploads and merges
     their own alone, also for an admin's key.
     """
+    elsewhere = stored_uploads(store, settings)
     return Resolver(
         roots=settings.roots,
         uploads=settings.uploads,
+        stored=elsewhere.files if elsewhere else lambda _: None,
+        buckets=Buckets.of(settings),
         may_use=partial(OwnedUploads(jobs.database).has, owner),
         merges=partial(merged_files, jobs, store, from_store(store, settings), owner),
         hub=hub,
     )
+
+
+def stored_uploads(store: ArtifactStore, settings: Settings) -> StoredUploads | None:
+    """Where uploads are kept besides this host's folder: in the bucket, where the store is one."""
+    return StoredUploads(store=store, fetching=from_store(store, settings)) if settings.bucket else None
 
 
 def _row(owner: str, digest: str) -> Select[tuple[bool]]:

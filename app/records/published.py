@@ -10,8 +10,7 @@ from app.records.jobs import Jobs
 from app.records.key import Caller
 from app.sources.accepted import is_accepted
 from app.sources.fetching.fetching import Fetching
-from app.sources.resolver import MergedFiles
-from app.sources.source import RemoteFile
+from app.sources.source import FoundFiles, RemoteFile
 
 
 def artifact_files(job: Job) -> dict[str, StoredFile]:
@@ -21,7 +20,7 @@ def artifact_files(job: Job) -> dict[str, StoredFile]:
     return {file.name: file for file in sorted(listed, key=lambda file: file.name != MANIFEST_NAME)}
 
 
-def merged_files(jobs: Jobs, store: ArtifactStore, stored: Fetching, owner: str, job_id: str) -> MergedFiles:
+def merged_files(jobs: Jobs, store: ArtifactStore, stored: Fetching, owner: str, job_id: str) -> FoundFiles:
     """A published merge of ``owner`` as a source (``merge:ID``); ``stored`` brings here what the store has elsewhere.
 
     Raises ``source_not_found``, and what ``stored`` raises.
@@ -38,12 +37,10 @@ def merged_files(jobs: Jobs, store: ArtifactStore, stored: Fetching, owner: str,
     files = artifact_files(job)
     here = {name: path for name, file in files.items() if (path := store.local_path(file.key)) is not None}
     if here:
-        return MergedFiles(files=here)
+        return FoundFiles(files=here)
     commit = commit_of(job.artifact["manifest_sha256"])
     there = [_remote(file, f"merge:{job_id}", commit) for name, file in files.items() if is_accepted(name)]
-    small = stored.small([file for file in there if not file.name.endswith(".safetensors")])
-    weights, remote = stored.weights([file for file in there if file.name.endswith(".safetensors")])
-    return MergedFiles(files={**small, **weights}, remote=remote)
+    return stored.begun(there)
 
 
 def _remote(file: StoredFile, reference: str, commit: str) -> RemoteFile:

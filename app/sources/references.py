@@ -1,7 +1,7 @@
 """References as users write them, in canonical form.
 
-``models:PATH`` below a root, ``upload:sha256-…``, ``merge:ID``, ``hf:ORG/NAME@REVISION``, and a bare path as in a
-mergekit YAML. ``s3:`` is known and not served yet.
+``models:PATH`` below a root, ``upload:sha256-…``, ``merge:ID``, ``hf:ORG/NAME@REVISION``, ``s3://BUCKET/PATH``, and a
+bare path as in a mergekit YAML.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from typing import Literal
 
 from app.errors import MergeyardError
 
-Scheme = Literal["models", "upload", "merge", "hf", "bare"]
+Scheme = Literal["models", "upload", "merge", "hf", "s3", "bare"]
 UPLOAD = re.compile(r"sha256-[0-9a-f]{64}")
 MERGE_ID = re.compile(r"[\w.-]{1,96}", re.ASCII)
 REPOSITORY = re.compile(r"(?![.-])[\w.-]{1,96}(/(?![.-])[\w.-]{1,96})?", re.ASCII)
 REVISION = re.compile(r"(?!/)[\w./-]{1,200}", re.ASCII)
+BUCKET_PATH = re.compile(
+    r"//(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<path>[\w. -]+(/[\w. -]+)*)/?(@(?P<revision>[0-9a-f]{40}))?",
+    re.ASCII,
+)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAIN = "main"
 MAX_LENGTH = 1000
@@ -38,9 +42,6 @@ def parse_reference(text: str) -> Reference:
     if not text or len(text) > MAX_LENGTH or not text.isprintable():
         raise MergeyardError("reference_invalid", "A reference is a name of at most 1000 printable characters")
     scheme, colon, name = text.partition(":")
-    if colon and scheme == "s3":
-        message = "s3: references are not supported yet; put the files below a model root or upload them"
-        raise MergeyardError("not_supported", message)
     if not colon or "/" in scheme:
         return Reference("bare", text)
     match scheme:
@@ -62,9 +63,14 @@ def parse_reference(text: str) -> Reference:
                 message = f"{text[:80]} is no model of the hub; they are named as hf:ORG/NAME or hf:ORG/NAME@REVISION"
                 raise MergeyardError("reference_invalid", message)
             return Reference("hf", name)
-    message = (
-        f"{scheme[:20]}: is not a kind of reference; use models:PATH, upload:DIGEST, merge:ID or hf:ORG/NAME@REVISION"
-    )
+        case "s3":
+            found = BUCKET_PATH.fullmatch(name)
+            if found is None or {".", ".."} & set(found["path"].split("/")):
+                message = f"{text[:80]} is no folder of a bucket; they are named as s3://BUCKET/PATH"
+                raise MergeyardError("reference_invalid", message)
+            return Reference("s3", name)
+    kinds = "models:PATH, upload:DIGEST, merge:ID, hf:ORG/NAME@REVISION or s3://BUCKET/PATH"
+    message = f"{scheme[:20]}: is not a kind of reference; use {kinds}"
     raise MergeyardError("reference_invalid", message)
 
 
@@ -82,10 +88,10 @@ def split_revision(name: str) -> tuple[str, str]:
 
 
 def is_immutable(text: str) -> bool:
-    """Whether what a canonical reference names never changes, as uploads, merges and commits of the hub do not."""
+    """Whether what a canonical reference names never changes, as uploads, merges, and what has a commit do not."""
     return all(
         part.startswith(("upload:", "merge:"))
-        or (part.startswith("hf:") and bool(COMMIT.fullmatch(split_revision(part)[1])))
+        or (part.startswith(("hf:", "s3:")) and bool(COMMIT.fullmatch(split_revision(part)[1])))
         for part in text.split("+")
     )
 

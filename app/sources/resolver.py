@@ -9,18 +9,11 @@ from pathlib import Path
 
 from app.errors import MergeyardError
 from app.sources.adapters import load_adapter
+from app.sources.buckets import Buckets
 from app.sources.hub.hub import Hub
 from app.sources.models import companions_of, load_model
 from app.sources.references import Reference, names_repository, parse_reference
-from app.sources.source import AdapterSource, ModelSource, RemoteFile, SourceFile
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergedFiles:
-    """A published merge's files: names users see → real paths, of those that are ``remote`` with the header alone."""
-
-    files: Mapping[str, Path]
-    remote: Mapping[str, RemoteFile] = field(default_factory=dict)
+from app.sources.source import AdapterSource, FoundFiles, ModelSource, RemoteFile, SourceFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +29,9 @@ class Found:
 class Resolver:
     """Where references lead.
 
-    ``roots`` are the allow-listed folders; ``uploads`` the content-addressed store, of which ``may_use`` (of a digest,
-    sha256 hex) says what is there for whoever asks; ``merges`` finds a published merge by id, or raises
+    ``roots`` are the allow-listed folders; ``uploads`` the content-addressed folder, of which ``may_use`` (of a digest,
+    sha256 hex) says what is there for whoever asks, and ``stored`` finds what is elsewhere of it; ``buckets`` are asked
+    for ``s3:`` references; ``merges`` finds a published merge by id, or raises
     `source_not_found`; ``local`` (only for local commands, never the service) lets bare references be
     plain paths, absolute or relative to that folder. ``hub`` is asked for ``hf:`` references, and for bare ones that
     are nowhere else; a revision that moves meanwhile stays what it was when it was first met (``met``). ``documents``
@@ -48,7 +42,9 @@ class Resolver:
     roots: Sequence[Path] = ()
     uploads: Path | None = None
     may_use: Callable[[str], bool] = lambda _: True
-    merges: Callable[[str], MergedFiles] | None = None
+    stored: Callable[[str], FoundFiles | None] = lambda _: None
+    buckets: Buckets | None = None
+    merges: Callable[[str], FoundFiles] | None = None
     local: Path | None = None
     hub: Hub | None = None
     met: dict[str, Found] = field(default_factory=dict)
@@ -96,32 +92,46 @@ class Resolver:
         reference = parse_reference(text)
         match reference.scheme:
             case "upload":
-                if self.uploads is not None:
-                    digest = reference.name.removeprefix("sha256-")
-                    upload = self.uploads / digest
-                    if self.may_use(digest) and upload.is_dir():
-                        return Found(reference=reference, files=list_files(upload, within=upload))
-                raise MergeyardError("source_not_found", f"{text} does not exist; upload the files again")
+                return self._uploaded(reference, text)
             case "merge":
                 if self.merges is None:
                     raise MergeyardError("source_not_found", f"{text} can be used through the service only")
-                merged = self.merges(reference.name)
-                files = {name: path.resolve() for name, path in merged.files.items()}
-                return Found(reference=reference, files=files, remote=merged.remote)
+                return _found(reference, self.merges(reference.name))
             case "models":
                 return self._below_roots(reference.name, text)
+            case "s3":
+                return self._in_bucket(reference, text)
             case "hf":
                 if self.hub is None:
                     raise MergeyardError("hub_not_allowed", f"{text} cannot be fetched: no hub is asked here")
                 return self._on_hub(self.hub, reference.name)
             case "bare":
-                if self.local is not None and os.path.isdir(folder := self.local / reference.name):  # noqa: PTH112
-                    # relative to the recipe where it can be, so that two spellings of one folder are equal
-                    real, here = folder.resolve(), self.local.resolve()
-                    name = real.relative_to(here).as_posix() if real.is_relative_to(here) else real.as_posix()
-                    name = real.as_posix() if name in self.names else name
-                    return Found(reference=Reference("bare", name), files=list_files(folder))
-                return self._below_roots_or_on_hub(reference.name, text)
+                return self._bare(reference.name, text)
+
+    def _uploaded(self, reference: Reference, text: str) -> Found:
+        digest = reference.name.removeprefix("sha256-")
+        if self.uploads is not None and self.may_use(digest):
+            if (upload := self.uploads / digest).is_dir():
+                return Found(reference=reference, files=list_files(upload, within=upload))
+            if (stored := self.stored(digest)) is not None:
+                return _found(reference, stored)
+        raise MergeyardError("source_not_found", f"{text} does not exist; upload the files again")
+
+    def _in_bucket(self, reference: Reference, text: str) -> Found:
+        if self.buckets is None:
+            raise MergeyardError("bucket_not_allowed", f"{text} cannot be fetched: no bucket is asked here")
+        if text not in self.met:
+            self.met[text] = _found(*self.buckets.files(reference.name))
+        return self.met[text]
+
+    def _bare(self, name: str, text: str) -> Found:
+        if self.local is None or not os.path.isdir(folder := self.local / name):  # noqa: PTH112
+            return self._below_roots_or_on_hub(name, text)
+        # relative to the recipe where it can be, so that two spellings of one folder are equal
+        real, here = folder.resolve(), self.local.resolve()
+        known = real.relative_to(here).as_posix() if real.is_relative_to(here) else real.as_posix()
+        known = real.as_posix() if known in self.names else known
+        return Found(reference=Reference("bare", known), files=list_files(folder))
 
     def _below_roots_or_on_hub(self, name: str, text: str) -> Found:
         """Where mergekit would look for it, too."""
@@ -173,6 +183,11 @@ class Resolver:
     def _or_documents(self) -> str:
         names = [name for name in self.documents if "+" not in name]
         return f"; the documents before it are {', '.join(names)}" if names else ""
+
+
+def _found(reference: Reference, files: FoundFiles) -> Found:
+    paths = {name: path.resolve() for name, path in files.files.items()}
+    return Found(reference=reference, files=paths, remote=files.remote)
 
 
 def list_files(folder: Path, within: Path | None = None) -> dict[str, Path]:

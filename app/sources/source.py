@@ -14,19 +14,21 @@ from typing import Any, Literal, TypeVar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteFile:
-    """A file that is elsewhere: at the ``origin`` hub, of a ``repository`` at a ``commit``; in the store, of what a
-    reference (``repository``) names, under a ``key``.
+    """A file that is elsewhere: at the ``origin`` hub, of a ``repository`` at a ``commit``; in the artifact store or in
+    another bucket, of what a reference (``repository``) names, under a ``key``.
 
-    ``digest`` is its sha256 in hex, or of a small one of the hub the id that git gives it (sha1).
+    ``digest`` is its sha256 in hex, or of a small one of the hub the id that git gives it (sha1). Of a bucket's file
+    nobody knows it: then ``etag`` says which version is meant, and ``digest`` is a name for that and nothing more.
     """
 
-    origin: Literal["hub", "store"] = "hub"
+    origin: Literal["hub", "store", "bucket"] = "hub"
     repository: str
     commit: str
     name: str
     size: int
     digest: str
     key: str = ""
+    etag: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,14 @@ class SourceFile:
     header_sha256: str
     content: bytes | None = field(default=None, compare=False, repr=False)
     remote: RemoteFile | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundFiles:
+    """A source's files: the names users see → real paths, of those that are ``remote`` with the header alone."""
+
+    files: Mapping[str, Path]
+    remote: Mapping[str, RemoteFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from app.sources.adapters import load_adapter
 from app.sources.models import PICKLES, load_model
 from app.sources.opening import MAX_SMALL_BYTES
 from app.sources.resolver import list_files
+from app.sources.stored_uploads import StoredUploads
 
 STAGING = ".staging-"
 ABANDONED_SECONDS = 86_400.0
@@ -53,15 +54,15 @@ class Upload:
 class UploadStore:
     """A folder of uploads, each in a folder named by its digest: sha256 over its sorted lines ``sha256  name``."""
 
-    def __init__(self, folder: Path, *, keep_free: int = 0) -> None:
-        """``keep_free``: bytes of its disk that no upload takes."""
-        self.folder, self._keep_free = folder, keep_free
+    def __init__(self, folder: Path, *, keep_free: int = 0, stored: StoredUploads | None = None) -> None:
+        """``keep_free``: bytes of its disk that no upload takes. ``stored``: where uploads are kept for other hosts."""
+        self.folder, self._keep_free, self._stored = folder, keep_free, stored
 
     def begin(self) -> UploadDraft:
         self.folder.mkdir(parents=True, exist_ok=True)
         staging = self.folder / f"{STAGING}{secrets.token_hex(8)}"
         staging.mkdir()
-        return UploadDraft(self.folder, staging, keep_free=self._keep_free)
+        return UploadDraft(self.folder, staging, keep_free=self._keep_free, stored=self._stored)
 
     def sweep(self, *, abandoned_after: float = ABANDONED_SECONDS) -> None:
         """Remove what uploads left whose process died: nothing was written to it for ``abandoned_after`` seconds.
@@ -80,8 +81,8 @@ class UploadStore:
 class UploadDraft:
     """Files on their way in. Nothing can be referred to before ``commit``; ``discard`` leaves nothing behind."""
 
-    def __init__(self, folder: Path, staging: Path, *, keep_free: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, staging: Path, *, keep_free: int, stored: StoredUploads | None) -> None:
+        self._folder, self._stored = folder, stored
         self._staging = staging
         self._keep_free = keep_free
         self._files: dict[str, UploadedFile] = {}
@@ -146,7 +147,9 @@ class UploadDraft:
         )
 
     def commit(self, upload: Upload) -> None:
-        """Put what ``check`` found in its place."""
+        """Put what ``check`` found in its place. Raises ``store_unavailable``."""
+        if self._stored is not None:
+            self._stored.keep(upload, self._staging)
         target = self._folder / upload.digest
         try:
             self._staging.rename(target)

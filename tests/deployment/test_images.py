@@ -126,6 +126,7 @@ class TestTheComposeFile:
         command = " ".join(SERVICES["redis"]["command"])
         assert "--appendonly yes" in command and "--maxmemory-policy noeviction" in command
         assert SERVICES["nginx"]["profiles"] == ["nginx"]
+        assert SERVICES["objects"]["profiles"] == SERVICES["bucket"]["profiles"] == ["objects"]
         store = Settings(data_dir=Path("/srv/mergeyard")).artifacts
         assert SERVICES["nginx"]["environment"]["MERGEYARD_STORE"] == str(store)
         assert SERVICES["api"]["environment"]["MERGEYARD_ACCEL_REDIRECT"] == "/_artifacts/"

@@ -1,7 +1,8 @@
 """Two hosts share a database, a broker and the store; one of them loses its network in the middle of a merge.
 
-The hosts are network namespaces, the servers and the workers the real ones. The store is a shared folder that the lost
-host still reaches, as where storage has a network of its own: what it still writes there must show nowhere.
+The hosts are network namespaces, the servers and the workers the real ones. Once the store is a shared folder that the
+lost host still reaches, as where storage has a network of its own: what it still writes there must show nowhere. Once
+it is a bucket on the network that is cut, and the hosts share no folder but that of the models.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +24,7 @@ from app.records.workers import Workers
 from tests import servers
 from tests.deployment.hosts import Host, two_hosts
 from tests.faults.proxy import Address, Proxy, proxied
+from tests.objects.s3 import new_bucket
 from tests.worker.yard import SHARDED, Yard, open_yard, worker
 
 NO_FAULTS = {"none": 1.0}
@@ -44,10 +47,20 @@ class Site:
         return self.hosts[1] if host == self.hosts[0] else self.hosts[0]
 
 
-@pytest.fixture
-def site(tmp_path: Path, tiny_models: Path, broker_url: str, queue: str, postgres_database: str) -> Iterator[Site]:
+@pytest.fixture(params=["folder", "bucket"])
+def site(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    tiny_models: Path,
+    broker_url: str,
+    queue: str,
+    postgres_database: str,
+) -> Iterator[Site]:
     servers.empty(postgres_database, metadata.tables)
     with ExitStack() as stack:
+        store: dict[str, Any] = {}
+        if request.param == "bucket":
+            store = new_bucket(request.getfixturevalue("s3_endpoint")).settings()
         hosts = stack.enter_context(two_hosts())
         gateway = hosts[0].gateway
         database = make_url(postgres_database)
@@ -55,14 +68,23 @@ def site(tmp_path: Path, tiny_models: Path, broker_url: str, queue: str, postgre
         seen_database = seen_database.set(query={})
         seen_broker = f"redis://{gateway}:{stack.enter_context(relay(gateway, broker_address(broker_url)))}"
         yard = stack.enter_context(
-            open_yard(tmp_path, tiny_models, broker_url, queue, database_url=postgres_database, database_seconds=2.0)
+            open_yard(
+                tmp_path, tiny_models, broker_url, queue, database_url=postgres_database, database_seconds=2.0, **store
+            )
         )
         seen = {
             "database_url": seen_database.render_as_string(hide_password=False),
             "broker_url": seen_broker + (f"/{broker_url.rpartition('/')[2]}" if "redis://" in broker_url else ""),
         }
+        if store:
+            endpoint = make_url(store["s3_endpoint"])
+            port = stack.enter_context(relay(gateway, (endpoint.host or "", endpoint.port or 80)))
+            seen["s3_endpoint"] = f"http://{gateway}:{port}"
         log = stack.enter_context((tmp_path / "workers.log").open("w"))
-        workers = {host.name: stack.enter_context(worker(yard, stderr=log, on=host.command, **seen)) for host in hosts}
+        workers = {}
+        for host in hosts:
+            own = {"data_dir": tmp_path / host.name} if store else {}
+            workers[host.name] = stack.enter_context(worker(yard, stderr=log, on=host.command, **seen, **own))
         rows = Workers(yard.jobs.database)
         yard.until(lambda: len([row for row in rows.list() if row.device is not None]) == 2, 120)
         yield Site(yard, hosts, workers)

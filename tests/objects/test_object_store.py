@@ -12,7 +12,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.artifacts.objects import PART_BYTES, ObjectStore
+from app.artifacts.bucket import PART_BYTES
+from app.artifacts.objects import ObjectStore
 from app.artifacts.store import read_whole
 from app.errors import MergeyardError
 from app.settings import Settings
@@ -134,7 +135,7 @@ def test_a_signed_url_is_for_everybody_and_this_object(store: ObjectStore, bucke
 def test_a_store_that_cannot_be_used_says_so_and_tells_no_secret(
     bucket: Bucket, tmp_path: Path, changes: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.artifacts.objects.RETRY", {"max_retries": 0})
+    monkeypatch.setattr("app.artifacts.bucket.RETRY", {"max_retries": 0})
     store = store_of(bucket, tmp_path, **changes)
 
     def fill() -> None:

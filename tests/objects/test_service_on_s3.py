@@ -8,6 +8,7 @@ import random
 import signal
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 from app.artifacts.manifest import MANIFEST_NAME
+from app.artifacts.objects import ObjectStore
 from app.artifacts.store import LocalStore, read_whole
 from app.records.job import Job, Status
 from app.settings import Settings
@@ -67,11 +69,12 @@ def url(api: ServedApi, job: Job, path: str = "files/model.safetensors") -> str:
     return f"{api.url}/merges/{job.id}/{path}"
 
 
-class TestDownloads:
-    @pytest.fixture(scope="class")
-    def job(self, api: ServedApi) -> Job:
-        return api.published(FILES)
+@pytest.fixture(scope="module")
+def job(api: ServedApi) -> Job:
+    return api.published(FILES)
 
+
+class TestDownloads:
     def test_a_file_whole_and_in_part(self, api: ServedApi, job: Job) -> None:
         weights = FILES["model.safetensors"]
         with httpx.Client(follow_redirects=True) as http:
@@ -139,13 +142,13 @@ def test_it_is_ready_and_tells_of_no_disk_that_the_store_has_not(api: ServedApi)
     assert api.http.get("/readyz").status_code == 200
     told = api.http.get("/metrics").text
     assert 'disk_free_bytes{folder="data"}' in told and 'folder="store"' not in told
-    assert api.http.get("/ui/", follow_redirects=True).status_code == 200
+    assert api.http.get("/ui", follow_redirects=True).status_code == 200
 
 
 def test_a_bucket_that_is_away_makes_it_not_ready_and_downloads_fail_with_a_code(
     tmp_path: Path, sqlite_url: str, one_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.artifacts.objects.RETRY", {"max_retries": 0})
+    monkeypatch.setattr("app.artifacts.bucket.RETRY", {"max_retries": 0})
     with servers.short_folder() as folder, servers.valkey(folder / "valkey.sock") as broker:
         settings = Settings(
             data_dir=tmp_path / "data", database_url=sqlite_url, broker_url=broker, **one_bucket.settings()
@@ -198,18 +201,11 @@ class TestAttempts:
         published = {file["key"] for file in (yard.jobs.get(broken.id).artifact or {})["files"]}
         assert {shard.file.key for shard in kept} <= published and damaged.file.key not in published
 
-    def test_a_store_that_goes_away_costs_an_attempt_and_says_so(
-        self, yard: Yard, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_store_that_goes_away_costs_an_attempt_and_says_so(self, yard: Yard) -> None:
         job = yard.submit(ring=False, max_attempts=1)
         place = place_in(yard)
-        yard.store._store = (
-            type(yard.store)
-            .of(  # type: ignore[attr-defined]
-                yard.settings.model_copy(update={"s3_secret_access_key": "wrong"})
-            )
-            ._store
-        )
+        away = ObjectStore.of(yard.settings.model_copy(update={"s3_secret_access_key": "wrong"}))
+        place = replace(place, store=away)
         assert attempt(place, job) is Ending.FAILED
         error = yard.jobs.get(job.id).error
         assert error is not None and error["code"] == "store_unavailable" and error["fault"] == "system"

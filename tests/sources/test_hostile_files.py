@@ -18,9 +18,9 @@ from app.sources.adapters import load_adapter
 from app.sources.catalogue import catalogue
 from app.sources.models import COMPANIONS, INDEX, load_model
 from app.sources.opening import open_source
-from app.sources.resolver import MergedFiles, Resolver, list_files
+from app.sources.resolver import Resolver, list_files
 from app.sources.safetensors import MAX_HEADER_BYTES, read_header
-from app.sources.source import SourceFile
+from app.sources.source import FoundFiles, SourceFile
 from app.sources.uploads import UploadStore
 from tests.files import listing, lora_tensors, write_adapter, write_model
 from worker.engine.reader import open_unmoved
@@ -177,7 +177,7 @@ def test_the_catalogue_reads_nothing_behind_a_link_that_leads_out(root: Path, tm
 def test_a_published_merge_below_a_linked_folder_is_read(root: Path, tmp_path: Path) -> None:
     """The operator's own links, as to another disk, are followed once: when the merge is looked up."""
     (tmp_path / "disk").symlink_to(root)
-    merged = MergedFiles(files=listing(tmp_path / "disk" / "base"))
+    merged = FoundFiles(files=listing(tmp_path / "disk" / "base"))
     assert Resolver(merges={"m": merged}.__getitem__).model("merge:m").tensors
 
 

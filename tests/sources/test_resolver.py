@@ -10,7 +10,8 @@ import pytest
 
 from app.errors import MergeyardError
 from app.sources.catalogue import catalogue
-from app.sources.resolver import MergedFiles, Resolver
+from app.sources.resolver import Resolver
+from app.sources.source import FoundFiles
 from app.sources.uploads import UploadStore
 from tests.files import listing, write_adapter, write_model
 
@@ -84,7 +85,8 @@ def test_a_loop_of_links_is_not_found(root: Path) -> None:
         ("merge:nope", "source_not_found"),
         ("merge:../x", "reference_invalid"),
         ("hf:org/name@main", "hub_not_allowed"),
-        ("s3://bucket/key", "not_supported"),
+        ("s3://bucket/key", "bucket_not_allowed"),
+        ("s3://bucket", "reference_invalid"),
         ("ftp:x", "reference_invalid"),
         ("", "reference_invalid"),
         ("a\x00b", "reference_invalid"),
@@ -98,7 +100,7 @@ def test_a_reference_that_leads_nowhere_has_a_stable_code(root: Path, reference:
 
 
 def test_a_published_merge_is_a_source(root: Path) -> None:
-    merged = MergedFiles(files=listing(root / "org" / "base"))
+    merged = FoundFiles(files=listing(root / "org" / "base"))
     assert Resolver(merges={"m1": merged}.__getitem__).model("merge:m1").reference == "merge:m1"
 
 

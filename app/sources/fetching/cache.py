@@ -124,7 +124,7 @@ class Part:
     def finish(self) -> bool:
         """Give the file its name. False, and nothing is kept, where it has another digest."""
         self._stream.flush()
-        if self._digest.hexdigest() != self._file.digest:
+        if not self._file.etag and self._digest.hexdigest() != self._file.digest:
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
             return False

@@ -10,9 +10,10 @@ from app.errors import MergeyardError
 from app.sources.fetching.cache import FetchCache
 from app.sources.fetching.transfer import Transfer, Wire
 from app.sources.safetensors import MAX_HEADER_BYTES
-from app.sources.source import RemoteFile
+from app.sources.source import FoundFiles, RemoteFile
 
 FIRST_BYTES = 1 << 17  # of a safetensors file: most headers are shorter
+WEIGHTS = ".safetensors"
 AT_ONCE = 8  # small requests
 
 
@@ -26,6 +27,12 @@ class Fetching:
     def transfer(self, files: Iterable[RemoteFile]) -> Transfer:
         """What brings these files here, whole."""
         return Transfer(files, self.cache, self._wire)
+
+    def begun(self, files: Sequence[RemoteFile]) -> FoundFiles:
+        """What a plan reads of them: what is small whole, of weights the headers. Raises as ``weights``."""
+        paths = self.small([file for file in files if not file.name.endswith(WEIGHTS)])
+        weights, remote = self.weights([file for file in files if file.name.endswith(WEIGHTS)])
+        return FoundFiles(files={**paths, **weights}, remote=remote)
 
     def small(self, files: Sequence[RemoteFile]) -> dict[str, Path]:
         """These files whole, by name. Raises what the wire raises, `digest_mismatch`, `disk_full`, OSError."""

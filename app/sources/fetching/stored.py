@@ -10,6 +10,7 @@ from app.errors import MergeyardError
 from app.settings import Settings
 from app.sources.fetching.cache import PIECE_BYTES, FetchCache
 from app.sources.fetching.fetching import Fetching
+from app.sources.fetching.transfer import start_by_opening
 from app.sources.source import RemoteFile
 
 
@@ -27,27 +28,19 @@ class StoreWire:
 
     def start_of(self, file: RemoteFile, start: int, stop: int) -> bytes:
         """Bytes ``start`` up to ``stop``, or up to the file's end."""
-        content = bytearray()
-        wanted = min(stop, file.size) - start
-        with self.opened(file, start) as pieces:
-            for piece in pieces:
-                content += piece
-                if len(content) >= wanted:
-                    return bytes(content[:wanted])
-        raise self.ended(file, start + len(content))
+        return start_by_opening(self, file, start, stop)
 
     @contextlib.contextmanager
     def opened(self, file: RemoteFile, start: int) -> Iterator[Iterator[bytes]]:
         """The file's bytes from ``start`` on, as they come, and no more of them than the file has."""
         try:
-            stored = self._store.open(file.key, start)
+            with contextlib.closing(self._store.open(file.key, start)) as stored:
+                if stored.size != file.size:
+                    raise self.ended(file, stored.size)
+                yield iter(lambda: stored.read(PIECE_BYTES), b"")
         except FileNotFoundError:
             message = f"{file.name} of {file.repository} is not in the store any more"
             raise MergeyardError("source_not_found", message) from None
-        with contextlib.closing(stored):
-            if stored.size != file.size:
-                raise self.ended(file, stored.size)
-            yield iter(lambda: stored.read(PIECE_BYTES), b"")
 
     def ended(self, file: RemoteFile, size: int) -> MergeyardError:
         """What to say of a file that ended after ``size`` bytes, without an error."""

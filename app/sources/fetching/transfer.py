@@ -38,6 +38,18 @@ class Wire(Protocol):
         ...
 
 
+def start_by_opening(wire: Wire, file: RemoteFile, start: int, stop: int) -> bytes:
+    """``Wire.start_of`` where ``opened`` costs no more than the bytes that are taken."""
+    content = bytearray()
+    wanted = min(stop, file.size) - start
+    with wire.opened(file, start) as pieces:
+        for piece in pieces:
+            content += piece
+            if len(content) >= wanted:
+                return bytes(content[:wanted])
+    raise wire.ended(file, start + len(content))
+
+
 class _Stopped(Exception):  # noqa: N818 — news, not an error
     """Another file failed, or whoever waits was told to stop."""
 
