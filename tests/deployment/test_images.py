@@ -103,7 +103,7 @@ class TestTheComposeFile:
         service = SERVICES[name]
         if name not in OURS:
             assert PULLED.fullmatch(service["image"]) and "healthcheck" in service
-        assert service["restart"] == ("no" if name == "migrate" else "unless-stopped")
+        assert service["restart"] == ("no" if name in ("migrate", "bucket") else "unless-stopped")
 
     @pytest.mark.parametrize("name", OURS)
     def test_gives_ours_only_settings_that_there_are_and_no_rights(self, name: str) -> None:
@@ -129,11 +129,11 @@ class TestTheComposeFile:
         assert SERVICES["objects"]["profiles"] == SERVICES["bucket"]["profiles"] == ["objects"]
         store = Settings(data_dir=Path("/srv/mergeyard")).artifacts
         assert SERVICES["nginx"]["environment"]["MERGEYARD_STORE"] == str(store)
-        assert SERVICES["api"]["environment"]["MERGEYARD_ACCEL_REDIRECT"] == "/_artifacts/"
+        assert SERVICES["api"]["environment"]["MERGEYARD_ACCEL_REDIRECT"] == "${MERGEYARD_ACCEL_REDIRECT-/_artifacts/}"
 
     def test_has_no_secret_and_an_example_of_every_value_it_wants(self) -> None:
         text = (ROOT / "docker-compose.yml").read_text()
-        example = re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+        example = re.findall(r"^#?(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
         assert set(re.findall(r"\$\{(\w+)", text)) == set(example)
         assert re.findall(r"^POSTGRES_PASSWORD=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE) == [""]
         assert all("POSTGRES_PASSWORD" not in line or "${POSTGRES_PASSWORD:?" in line for line in text.splitlines())
