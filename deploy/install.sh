@@ -30,5 +30,7 @@ if [ "$target" = worker ]; then
         pip install --no-cache-dir --constraint constraints.txt "torch==$torch"
     fi
 fi
-pip install --no-cache-dir --constraint constraints.txt ".[$target]"
+# A worker also scores what it has merged.
+extra=$([ "$target" = worker ] && echo evaluation || echo "$target")
+pip install --no-cache-dir --constraint constraints.txt ".[$extra]"
 pip check

@@ -68,6 +68,14 @@ class Webhook(TypedDict):
     events: list[str]
 
 
+class Score(TypedDict):
+    name: str
+    metric: str
+    score: float
+    standard_error: float
+    examples: int
+
+
 class Merge(MergeSummary):
     failures: list[FailedAttempt]
     retry_at: str | None
@@ -76,6 +84,7 @@ class Merge(MergeSummary):
     resolved: dict[str, Any]
     estimates: dict[str, int]
     warnings: list[Problem]
+    evaluation: list[Score]
 
 
 class MergePage(TypedDict):

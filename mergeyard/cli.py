@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mergeyard.command import FAILED, WRONG, AsJson, fail, guarded, print_json, read_settings
+from mergeyard.evaluate import evaluate
 from mergeyard.keys import keys
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cli.add_typer(keys)
+cli.command()(evaluate)
 
 
 class Device(StrEnum):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -65,6 +68,27 @@ def downloading() -> Iterator[Callable[[int, int, str], None]]:
     with _bar() as bar:
         task = bar.add_task("download", total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name[-40:])
+
+
+@contextmanager
+def scoring() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each task; yields what is to be told (the task's name, prompts done, prompts in all)."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_err()) as bar:
+        bars: dict[str, TaskID] = {}
+
+        def tell(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = bar.add_task(name, total=total)
+            bar.update(bars[name], completed=done)
+
+        yield tell
 
 
 @contextmanager
@@ -154,7 +178,18 @@ def _show_sources(document: Mapping[str, Any]) -> None:
 def show_merged(out: Path, manifest: Manifest) -> None:
     total = sum(file.size for file in manifest.files)
     say(f"{len(manifest.files)} files, {size(total)}, in {out}")
+    if manifest.evaluation:
+        show_scores([asdict(score) for score in manifest.evaluation])
     note(f"fingerprint {manifest.fingerprint}", style="dim")
+
+
+def show_scores(scores: Sequence[Mapping[str, Any]]) -> None:
+    """A table of scores, as ``mergeyard evaluate --json`` has them."""
+    rows = [
+        (item["name"], item["metric"], f"{item['score']:.4f}", f"{item['standard_error']:.4f}", str(item["examples"]))
+        for item in scores
+    ]
+    _columns(("task", "metric", "score", "± error", "examples"), rows)
 
 
 def show_submitted(merge: Merge) -> None:
@@ -169,6 +204,8 @@ def show_succeeded(merge: Merge, directory: Path | None) -> None:
     assert merge["artifact"] is not None
     where = f"; all verified, in {directory}" if directory else ""
     say(f"{merge['id']} succeeded: {merge['artifact']['files']} files, {size(merge['artifact']['size'])}{where}")
+    if merge["evaluation"]:
+        show_scores(merge["evaluation"])
 
 
 def show_failure(merge: Merge) -> None:
@@ -198,6 +235,8 @@ def show_merge(merge: Merge) -> None:
         rows["artifact"] = f"{merge['artifact']['files']} files, {size(merge['artifact']['size'])}"
         rows["artifact"] += ", reused" if merge["reused"] else ""
     _out().print(_pairs({name: value for name, value in rows.items() if value}))
+    if merge["evaluation"]:
+        show_scores(merge["evaluation"])
     show_warnings(merge["warnings"])
     for failure in merge["failures"]:
         note(f"attempt {failure['attempt']}: {failure['code']}: {failure['message']}", style="yellow")

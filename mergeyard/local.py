@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from app.settings import Settings
 from app.sources.buckets import Buckets
 from app.sources.hub.hub import Hub, HubSettings
 from app.sources.resolver import Resolver
+from app.sources.source import RemoteFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +63,16 @@ def plan_recipe(text: str, here: Here) -> Plan:
 def fetch_remote(plan: Plan, here: Here, on_progress: Callable[[int, int], None]) -> Plan:
     """The same plan with everything on this machine. Raises MergeyardError as ``Transfer.run`` does."""
     while plan.remote:
-        first = plan.remote[0]
-        wanted = [file for file in plan.remote if (file.origin, file.repository) == (first.origin, first.repository)]
-        (here.hub if first.origin == "hub" else here.buckets).transfer(wanted).run(on_progress)
+        fetch(plan.remote, here, on_progress)
         plan = make_plan(parse_recipe(plan.recipe), here.resolver())  # its revisions are commits
     return plan
+
+
+def fetch(remote: Sequence[RemoteFile], here: Here, on_progress: Callable[[int, int], None]) -> None:
+    """Bring those here that are where the first one is. Raises MergeyardError as ``Transfer.run`` does."""
+    first = remote[0]
+    wanted = [file for file in remote if (file.origin, file.repository) == (first.origin, first.repository)]
+    (here.hub if first.origin == "hub" else here.buckets).transfer(wanted).run(on_progress)
 
 
 def _own_token(settings: Settings) -> str:
@@ -104,6 +111,15 @@ def merge_plan(
     """
     from worker.engine.digests import DigestCache  # noqa: PLC0415 (as below)
     from worker.engine.run import merge_to_folder  # noqa: PLC0415 (torch: seconds, and no part of planning)
+    from worker.evaluation.evaluate import evaluator  # noqa: PLC0415 (as below)
 
     digests = DigestCache(settings.digests if settings.root.is_dir() else None)
-    return merge_to_folder(plan, out, device=device, threads=threads, on_progress=on_progress, digests=digests)
+    return merge_to_folder(
+        plan,
+        out,
+        device=device,
+        threads=threads,
+        on_progress=on_progress,
+        digests=digests,
+        evaluate=partial(evaluator, plan) if plan.tasks else None,
+    )

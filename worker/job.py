@@ -34,9 +34,11 @@ from app.sources.fetching.stored import from_store
 from app.sources.fetching.transfer import Transfer
 from app.sources.hub.hub import Hub, HubSettings
 from app.sources.source import RemoteFile
+from app.tasks.task import TaskScore
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import Kernels, load, warm_up
 from worker.engine.run import build_manifest, run_merge, write_manifest
+from worker.evaluation.evaluate import evaluator
 from worker.lease import Lease, Stopping, StopRequest
 from worker.sink import StoreSink
 
@@ -189,11 +191,12 @@ def _merge(place: Workplace, job: Job, lease: Lease) -> tuple[Mapping[str, Any],
         threads=place.settings.threads,
         control=lease,
         digests=place.digests,
+        evaluate=evaluator(plan, place.kernels.name),
     )
     manifest = write_manifest(build_manifest(plan, output), sink)
     lease.check()
     files = (*output.files, manifest)
-    return artifact_row(manifest, files), key if _reusable(plan, key, job, files) else None
+    return artifact_row(manifest, files, output.evaluation), key if _reusable(plan, key, job, files) else None
 
 
 def _transfer(place: Workplace, remote: Sequence[RemoteFile]) -> Transfer:
@@ -231,13 +234,16 @@ def _plan_again(place: Workplace, job: Job) -> Plan:
     return plan
 
 
-def artifact_row(manifest: StoredFile, files: tuple[StoredFile, ...]) -> dict[str, Any]:
+def artifact_row(
+    manifest: StoredFile, files: tuple[StoredFile, ...], evaluation: Sequence[TaskScore] = ()
+) -> dict[str, Any]:
     """The form of ``Job.artifact``; ``files`` include the manifest."""
     return {
         "manifest_sha256": manifest.sha256,
         "manifest_key": manifest.key,
         "size": sum(file.size for file in files),
         "files": [asdict(file) for file in files],
+        **({"evaluation": [asdict(score) for score in evaluation]} if evaluation else {}),
     }
 
 

@@ -15,6 +15,7 @@ from app import logs
 from app.errors import MergeyardError
 from app.records.job import CancelRequested, Job, LeaseLost
 from app.records.jobs import Jobs
+from app.tasks.task import TaskScore
 
 log = logging.getLogger("mergeyard.lease")
 
@@ -84,6 +85,10 @@ class Lease:
     def progress(self, bytes_done: int, bytes_total: int) -> None:
         """Only noted; the thread writes it."""
         self._progress = (bytes_done, bytes_total)
+
+    def scored(self, score: TaskScore) -> None:
+        """The result was scored on a task."""
+        self.persist(lambda: self._jobs.record_score(self.job_id, self.token, score))
 
     def check(self) -> None:
         """Raise what ends this attempt, if anything does."""

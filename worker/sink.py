@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from app import logs
@@ -14,6 +14,9 @@ from app.artifacts.store import ArtifactStore, StoreWriter
 from app.records.job import Job
 from app.records.jobs import Jobs
 from worker.engine.sinks import SCRATCH, statistics_as_json, statistics_from_json
+
+READ_BACK = ".read"  # beside an attempt's files: the result as a model is loaded
+_PIECE = 4 << 20
 
 log = logging.getLogger("mergeyard.sink")
 
@@ -77,12 +80,36 @@ class StoreSink:
             with contextlib.suppress(OSError):  # whoever ends the attempt deletes all that it left
                 self._store.delete_prefix(own)
 
+    @contextlib.contextmanager
+    def readable(self, files: Sequence[StoredFile]) -> Iterator[Path]:
+        """Links to what lies in the store on this machine, and copies of what does not."""
+        prefix = f"{self._job_id}/{self._token}/{READ_BACK}"
+        folder = self._store.scratch(prefix)
+        try:
+            for file in files:
+                place = folder / file.name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if (local := self._store.local_path(file.key)) is not None:
+                    place.symlink_to(local)
+                else:
+                    _copy(self._store, file, place)
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):
+                self._store.delete_prefix(prefix)
+
     def record(self, file: StoredFile) -> None:
         """Keep a durable weight file for a retry. Small files are made anew in no time, and are not recorded."""
         statistics = self._statistics.pop(file.name, None)
         if statistics is not None:
             value = statistics_as_json(statistics)
             self._persist(lambda: self._jobs.record_shard(self._job_id, self._token, file, value))
+
+
+def _copy(store: ArtifactStore, file: StoredFile, place: Path) -> None:
+    with contextlib.closing(store.open(file.key)) as stored, place.open("xb") as copy:
+        while piece := stored.read(_PIECE):
+            copy.write(piece)
 
 
 class StoreFile:

@@ -83,6 +83,16 @@ class ArtifactSummary(Document):
     manifest_sha256: str
 
 
+class Score(Document):
+    """What the result reached on a task of the recipe."""
+
+    name: str
+    metric: str
+    score: float = Field(description="0 to 1, more is better; of `nll` nats a token, less is better")
+    standard_error: float
+    examples: int
+
+
 class MergeUrls(Document):
     self: str
     events: str
@@ -143,6 +153,7 @@ class Merge(MergeSummary):
     resolved: dict[str, Any] = Field(description="Every reference canonical, every default written out")
     estimates: dict[str, int]
     warnings: list[ProblemItem]
+    evaluation: list[Score] = Field(description="The result's scores on the recipe's tasks; empty without any")
 
     @classmethod
     def of(cls, job: Job) -> Merge:
@@ -156,6 +167,7 @@ class Merge(MergeSummary):
             resolved=dict(job.resolved),
             estimates=dict(job.estimates),
             warnings=[ProblemItem(**warning) for warning in job.warnings],
+            evaluation=[Score(**score) for score in (job.artifact or {}).get("evaluation", [])],
         )
 
 
@@ -311,10 +323,10 @@ class UploadedFile(Document):
 
 
 class UploadDocument(Document):
-    """A model or adapter that was uploaded. ``reference`` goes into recipes."""
+    """A model, an adapter or a task file that was uploaded. ``reference`` goes into recipes."""
 
     reference: str = Field(examples=["upload:sha256-9f2c…"])
-    kind: str = Field(description="model or adapter")
+    kind: str = Field(description="model, adapter or task")
     files: list[UploadedFile]
 
     @classmethod

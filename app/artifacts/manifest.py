@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from app.tasks.task import TaskScore
+
 MANIFEST_NAME = "mergeyard.json"
 
 
@@ -77,6 +79,7 @@ class Manifest:
     versions: Mapping[str, str]
     warnings: tuple[Mapping[str, str], ...] = ()
     earlier: tuple[EarlierRecord, ...] = ()
+    evaluation: tuple[TaskScore, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready form. Store keys stay out: they are the store's business and name attempts."""

@@ -35,9 +35,17 @@ from app.recipe import Recipe
 from app.sources.models import read_document, read_value
 from app.sources.safetensors import DTYPE_BYTES
 from app.sources.source import SourceFile
-from app.sources.tokenizers import ADDED_TOKENS, TOKENIZER_CONFIG, TOKENIZER_FILES, TOKENIZER_JSON
+from app.sources.tokenizers import (
+    ADDED_TOKENS,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    TOKENIZER_JSON,
+    chat_template_of,
+)
 
 PROCESS_BYTES = 450_000_000  # what a worker holds before it merges anything: torch, Numba
+SCORING_BYTES = 1_200_000_000  # transformers, the activations and the logits of a batch
 MODULES = "modules.json"  # of sentence-transformers
 SUBTRACTED = frozenset({"F32", "F16", "BF16"})  # of what the kernels form differences on the way
 OF_TOKENS = frozenset({TOKENIZER_JSON, ADDED_TOKENS})  # documents whose keys are tokens, and may be any word
@@ -92,6 +100,11 @@ def estimate(tensors: Sequence[TensorPlan]) -> Estimates:
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         parameters_touched=sum(math.prod(tensor.shape) for tensor in touched),
     )
+
+
+def scoring_bytes(estimates: Estimates) -> int:
+    """What scoring the result takes: all of its weights, and what one batch needs."""
+    return PROCESS_BYTES + SCORING_BYTES + estimates.output_bytes
 
 
 def _block_memory(tensors: Sequence[TensorPlan]) -> int:
@@ -166,6 +179,14 @@ def documents_of(
     if MODULES in files and imports_code(read_value(files[MODULES], base.reference)):
         del files[MODULES]
     return settled, tuple(file for name, file in files.items() if name not in settled)
+
+
+def has_chat_template(documents: Mapping[str, Document], companions: Sequence[SourceFile], reference: str) -> bool:
+    """Whether the result's tokenizer will have one."""
+    config = documents.get(TOKENIZER_CONFIG)
+    if TEMPLATE_FILE in documents or (isinstance(config, Mapping) and config.get("chat_template")):
+        return True
+    return chat_template_of(companions, reference) is not None
 
 
 def _written(name: str, document: Document) -> Document:

@@ -10,6 +10,7 @@ from app import strict_json
 from app.errors import Problem
 from app.sources.safetensors import Entry, header
 from app.sources.source import GatheredTensor, RemoteFile, SourceFile, StoredTensor, TensorSpec
+from app.tasks.task import Task
 
 Scalar = float | int | bool | str
 Document = Mapping[str, Any] | str  # JSON, or a text as it is
@@ -159,6 +160,19 @@ class PlannedSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTask:
+    """A task that the result is scored on: its examples, as they were read from the file with this ``sha256``.
+
+    ``limit``: of them, the first ones are taken; None: all.
+    """
+
+    task: Task
+    reference: str
+    sha256: str
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimates:
     """What the merge will take: bytes written, peak memory in bytes, tensors and parameters changed.
 
@@ -196,6 +210,8 @@ class Plan:
     ``earlier`` are the merges whose results this one reads, in the order in which they are made; a plan of theirs has
     none itself, and is known by its ``reference`` to those that read it. Its shards hold what it changes: the rest is
     read from where it lies.
+
+    ``tasks``: what the result is scored on before it is published.
     """
 
     method: str
@@ -213,6 +229,7 @@ class Plan:
     adapter: AdapterPlan | None = None
     earlier: tuple[Plan, ...] = ()
     reference: str | None = None
+    tasks: tuple[PlannedTask, ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorPlan, ...]:

@@ -18,10 +18,11 @@ from app.planning.fingerprint import canonical_recipe, plan_digest
 from app.planning.grown import grow, vocabulary_size
 from app.planning.layout import Slot, lay_out
 from app.planning.low_rank import dense_matrices
-from app.planning.output import cut_shards, documents_of, estimate
+from app.planning.output import cut_shards, documents_of, estimate, has_chat_template, scoring_bytes
 from app.planning.parameters import elects_signs, source_parameters, tensor_parameters
 from app.planning.plan import Contribution, Plan, PlannedSource, Scalar, TensorPlan
 from app.planning.resolving import ResolvedSource, resolve
+from app.planning.tasks import plan_tasks, section
 from app.planning.vocabulary import differing, plan_vocabulary
 from app.planning.warnings import warnings_of
 from app.recipe import Recipe, SourceEntry
@@ -58,6 +59,9 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
             continue
         plan = replace(plan, warnings=_placed(plan.warnings, document))
         if document is not recipe:
+            if document.evaluation is not None:
+                message = "Only the last document's result is scored; move `evaluation` there."
+                problems.append(Problem(code="not_supported", message=message, where=document.place("evaluation")))
             plan, made[str(document.name)] = as_earlier(plan, document, str(document.name))
         plans.append(plan)
     if problems:
@@ -136,12 +140,17 @@ def _plan_document(recipe: Recipe, resolver: Resolver) -> Plan:
     if vocabulary is not None:
         resolved_recipe["tokenizer"] = vocabulary.section
     documents, companions = documents_of(recipe, resolved, vocabulary, size)
+    tasks = plan_tasks(recipe, resolver, has_chat_template=has_chat_template(documents, companions, base.reference))
+    if tasks:
+        resolved_recipe["evaluation"] = section(tasks)
     tokenizers = vocabulary.read if vocabulary else ()
     base_planned = PlannedSource(reference=base.reference, role="base", files=base.files)
     planned = resolved.planned()
     shards = cut_shards(tensors, shard_bytes(recipe.output.max_shard_size))
     adapter = None
     estimates, warnings = estimate(tensors), tuple[Problem, ...]()
+    if tasks:
+        estimates = replace(estimates, peak_memory_bytes=max(estimates.peak_memory_bytes, scoring_bytes(estimates)))
     if recipe.output.kind == "adapter":
         planned_adapter = adapter_output(recipe, resolved, tensors, estimates)
         adapter, shards = planned_adapter.adapter, (planned_adapter.shard,)
@@ -172,6 +181,7 @@ def _plan_document(recipe: Recipe, resolver: Resolver) -> Plan:
             _made_before(recipe, resolver.documents),
         ),
         adapter=adapter,
+        tasks=tasks,
     )
 
 

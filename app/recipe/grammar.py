@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from app.recipe.evaluation import Evaluation
 from app.recipe.tokenizer import Tokenizer
 from app.sources.references import split_adapter
 
@@ -123,6 +124,7 @@ class Document(_Strict):
     tokenizer_source: str | None = Field(None, description="Short for `tokenizer: {source: …}`")
     chat_template: str | None = Field(None, description="auto, a known name, or a Jinja template")
     name: str | None = Field(None, description="A name for people, and for later documents of the same recipe")
+    evaluation: Evaluation | None = Field(None, description="Tasks that the result is scored on")
 
     @field_validator("base_model", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from app.errors import MergeyardError, Problem
 from app.recipe.chat_templates import check_chat_template
 from app.recipe.documents import in_order
+from app.recipe.evaluation import Evaluation, TaskEntry
 from app.recipe.grammar import MAX_SOURCES, Document, LayersEntry, ModuleEntry, Output, Part, Recipe, Slice, SourceEntry
 from app.recipe.methods import METHODS, MethodSpec
 from app.recipe.text import MAX_DOCUMENTS, bound, load
@@ -26,11 +27,8 @@ INSIDE: Mapping[str, type[BaseModel]] = {
     "modules": ModuleEntry,
     "slices": Slice,
     "sources": LayersEntry,
-}
-
-# Grammar that is mergekit's and valid, but that this version does not carry out: refused by name, never ignored.
-LATER_KEYS = {
-    "evaluation": "leave it out and score the result yourself",
+    "evaluation": Evaluation,
+    "tasks": TaskEntry,
 }
 
 
@@ -81,14 +79,8 @@ def _several(raw: Mapping[str, Any], problems: list[Problem]) -> Recipe | None:
 
 def _one(raw: Mapping[str, Any], number: int | None, problems: list[Problem]) -> Recipe | None:
     """One document, checked by itself; its problems' places are those in it."""
-    problems.extend(
-        Problem(code="not_supported", message=f"`{key}` is not supported yet; {instead}.", where=key)
-        for key, instead in LATER_KEYS.items()
-        if raw.get(key) is not None
-    )
-    known = {str(key): value for key, value in raw.items() if key not in LATER_KEYS}
     try:
-        document = Document.model_validate(known)
+        document = Document.model_validate({str(key): value for key, value in raw.items()})
     except ValidationError as error:
         problems.extend(_structural(error))
         return None

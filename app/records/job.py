@@ -53,7 +53,7 @@ class Listed:
     error: Mapping[str, Any] | None  # {"code","title","message","where","fault","problems"}
     artifact: (
         Mapping[str, Any] | None
-    )  # {"manifest_sha256","manifest_key","size","files":[{"name","key","size","sha256"}]}
+    )  # {"manifest_sha256","manifest_key","size","files":[{"name","key","size","sha256"}]}, "evaluation":[TaskScore]
     artifact_id: str | None  # the job that made the artifact: this one, or the one whose result is reused
     pinned: bool  # it does not expire
     expires_at: datetime | None

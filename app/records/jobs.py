@@ -24,6 +24,7 @@ from app.records.key import Caller
 from app.records.quotas import NO_LIMITS, Free, Limits
 from app.records.tables import events, jobs, shards
 from app.records.transitions import Change
+from app.tasks.task import TaskScore
 
 Rule = Callable[[Job, datetime], Change]
 Conditions = list[ColumnElement[bool]]
@@ -263,6 +264,10 @@ class Jobs:
     def set_stage(self, job_id: str, token: str, stage: Stage | str) -> Job:
         """The attempt enters ``stage``."""
         return self._held(job_id, token, lambda job, now: transitions.enter_stage(job, now, stage=Stage(stage)))
+
+    def record_score(self, job_id: str, token: str, score: TaskScore) -> Job:
+        """The result was scored on a task."""
+        return self._held(job_id, token, lambda job, now: transitions.score(job, now, found=score))
 
     def record_shard(self, job_id: str, token: str, file: StoredFile, statistics: Mapping[str, Any]) -> None:
         """A file of the artifact is complete and durable in the store; a retry's file of that name replaces it."""

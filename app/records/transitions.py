@@ -20,13 +20,14 @@ decides in SQL, because there the race is the rule; see ``Jobs.claim``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from app.artifacts.manifest import StoredFile
 from app.errors import CODES, MergeyardError
 from app.records.job import CancelRequested, Job, Stage, Status
+from app.tasks.task import TaskScore
 
 Happening = tuple[str, Mapping[str, Any]]  # an event's type and data
 
@@ -68,6 +69,11 @@ def enter_stage(job: Job, now: datetime, *, stage: Stage) -> Change:
     if stage == job.stage:
         return Change()
     return Change(values={"stage": stage, "progress_at": now}, events=(("stage", {"stage": stage}),))
+
+
+def score(job: Job, now: datetime, *, found: TaskScore) -> Change:  # noqa: ARG001
+    """The result was scored on a task; that is progress."""
+    return Change(values={"progress_at": now}, events=(("scored", asdict(found)),))
 
 
 def finish_file(job: Job, file: StoredFile) -> Change:  # noqa: ARG001 — every rule looks at a job

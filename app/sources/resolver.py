@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from app.errors import MergeyardError
+from app.sources.accepted import TASK, is_task_file
 from app.sources.adapters import load_adapter
 from app.sources.buckets import Buckets
 from app.sources.hub.hub import Hub
 from app.sources.models import companions_of, load_model
+from app.sources.opening import read_small
 from app.sources.references import Reference, names_repository, parse_reference
 from app.sources.source import AdapterSource, FoundFiles, ModelSource, RemoteFile, SourceFile
+from app.tasks.shipped import SHIPPED, shipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,40 @@ class Resolver:
         if text in self.documents:
             return self.documents[text].companions
         return companions_of(self._find(text).files)
+
+    def files(self, text: str) -> FoundFiles:
+        """A source's files by name, unread. Raises MergeyardError as `canonical` does."""
+        found = self._find(text)
+        return FoundFiles(files=found.files, remote=found.remote)
+
+    def task_file(self, text: str) -> tuple[str, bytes]:
+        """A task file: its canonical reference, and its bytes.
+
+        ``shipped:NAME``, ``upload:DIGEST`` (an upload of one task file), or a file below the roots, or (local commands)
+        a plain path.
+
+        Raises:
+            MergeyardError: as `canonical`, `source_format` (too large a file).
+        """
+        if text.startswith(SHIPPED):
+            return text, shipped(text.removeprefix(SHIPPED))
+        reference = parse_reference(text)
+        if reference.scheme == "upload":
+            files = [path for name, path in self._find(text).files.items() if is_task_file(name)]
+            if len(files) != 1:
+                raise MergeyardError("source_not_found", f"{text} is no task file: upload one {TASK} file by itself")
+            return str(reference), _content(files[0], text)
+        if reference.scheme not in ("models", "bare"):
+            message = f"{text} cannot name a task file; use models:PATH{TASK}, upload:DIGEST or {SHIPPED}NAME"
+            raise MergeyardError("reference_invalid", message)
+        folder, _, name = reference.name.rpartition("/")
+        find = self._below_roots if reference.scheme == "models" else replace(self, hub=None, names=frozenset())._bare
+        found = find(folder or ".", text)
+        if (path := found.files.get(name)) is None:
+            raise MergeyardError("source_not_found", f"{text} is not there; task files are JSONL")
+        parent = found.reference.name
+        known = Reference(found.reference.scheme, name if parent == "." else f"{parent}/{name}")
+        return str(known), _content(path, text)
 
     def canonical(self, text: str) -> str:
         """The canonical form of a reference that exists (two spellings of one source become equal).
@@ -188,6 +225,15 @@ class Resolver:
 def _found(reference: Reference, files: FoundFiles) -> Found:
     paths = {name: path.resolve() for name, path in files.files.items()}
     return Found(reference=reference, files=paths, remote=files.remote)
+
+
+def _content(path: Path, text: str) -> bytes:
+    try:
+        return read_small(path)[0]
+    except OSError as error:
+        raise MergeyardError("source_not_found", f"{text} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise MergeyardError("source_format", f"{text} is {error}") from None
 
 
 def list_files(folder: Path, within: Path | None = None) -> dict[str, Path]:

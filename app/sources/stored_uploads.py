@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.artifacts.store import ArtifactStore, read_whole
-from app.sources.accepted import is_accepted
+from app.sources.accepted import is_accepted, is_task_file
 from app.sources.catalogue import CatalogueEntry
 from app.sources.fetching.fetching import WEIGHTS, Fetching
 from app.sources.source import FoundFiles, RemoteFile
@@ -61,7 +61,7 @@ class StoredUploads:
                 key=_key(digest, file["sha256"]),
             )
             for file in found["files"]
-            if is_accepted(file["name"])
+            if is_accepted(file["name"]) or is_task_file(file["name"])
         ]
         return self.fetching.begun(there)
 

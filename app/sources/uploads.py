@@ -7,19 +7,20 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.artifacts.disk import Filling, check_free
 from app.errors import MergeyardError
-from app.sources.accepted import is_accepted
+from app.sources.accepted import is_accepted, is_task_file
 from app.sources.adapters import CONFIG as ADAPTER_CONFIG
 from app.sources.adapters import load_adapter
 from app.sources.models import PICKLES, load_model
 from app.sources.opening import MAX_SMALL_BYTES
 from app.sources.resolver import list_files
 from app.sources.stored_uploads import StoredUploads
+from app.tasks.reading import check_lines
 
 STAGING = ".staging-"
 ABANDONED_SECONDS = 86_400.0
@@ -36,7 +37,7 @@ class UploadedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """A finished upload, by its ``digest`` (sha256 hex). ``kind`` is ``model`` or ``adapter``."""
+    """A finished upload, by its ``digest`` (sha256 hex). ``kind`` is ``model``, ``adapter`` or ``task``."""
 
     digest: str
     kind: str
@@ -102,10 +103,9 @@ class UploadDraft:
         if name.endswith(PICKLES):
             message = f"{name[-80:]} is a pickle, which can run code when loaded; send safetensors"
             raise MergeyardError("pickle_refused", message, where=name[-80:])
-        if name != CARD and not is_accepted(name):
-            message = (
-                f"{name[-80:]!r} is not taken: send plain file names of safetensors, config, tokenizer and index files"
-            )
+        if name != CARD and not is_accepted(name) and not is_task_file(name):
+            taken = "safetensors, config, tokenizer and index files, or one task file (.jsonl) by itself"
+            message = f"{name[-80:]!r} is not taken: send plain file names of {taken}"
             raise MergeyardError("request_invalid", message, where=name[-80:])
         if name in self._files:
             raise MergeyardError("request_invalid", f"{name} was sent twice", where=name)
@@ -134,10 +134,10 @@ class UploadDraft:
         if not self._files:
             raise MergeyardError("request_invalid", "The upload has no files; send them as multipart form data")
         listing = list_files(self._staging, within=self._staging)
-        kind = "adapter" if ADAPTER_CONFIG in listing else "model"
+        kind = _kind(listing)
         if kind == "adapter":
             load_adapter(listing, "the upload")
-        else:
+        elif kind == "model":
             load_model(listing, "the upload")
         lines = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(self._files.items()))
         return Upload(
@@ -161,3 +161,14 @@ class UploadDraft:
     def discard(self) -> None:
         """Remove the staged files; safe to call at any time."""
         shutil.rmtree(self._staging, ignore_errors=True)
+
+
+def _kind(listing: Mapping[str, Path]) -> str:
+    """What the files are. Raises ``request_invalid`` where a task file is not alone, ``task_invalid``."""
+    tasks = [name for name in listing if is_task_file(name)]
+    if not tasks:
+        return "adapter" if ADAPTER_CONFIG in listing else "model"
+    if len(tasks) > 1 or any(name != CARD for name in listing if name not in tasks):
+        raise MergeyardError("request_invalid", "A task file is uploaded by itself: send one .jsonl file")
+    check_lines(listing[tasks[0]].read_bytes(), name=tasks[0])
+    return "task"

@@ -41,6 +41,7 @@ class TestHelp:
             "merge",
             "plan",
             "extract",
+            "evaluate",
             "up",
             "api",
             "worker",

@@ -71,11 +71,9 @@ def test_every_problem_is_reported_at_once_with_its_place() -> None:
             "base_model": "b",
             "models": [{"model": "x", "parameters": {"density": 1.5, "weigth": 1, "lambda": 1}}, {}],
             "parameters": {"dialect": "pepft", "normalize": "yes"},
-            "evaluation": {},
         }
     )
     assert found == [
-        ("not_supported", "evaluation"),
         ("parameter_invalid", "parameters.dialect"),
         ("parameter_invalid", "parameters.normalize"),
         ("parameter_invalid", "models[0].parameters.density"),

@@ -10,6 +10,7 @@ import yaml
 
 from app.artifacts.manifest import EarlierRecord, SourceRecord, TensorStatistics
 from app.planning.plan import AdapterPlan, Plan
+from app.tasks.task import TaskScore
 
 CARD_NAME = "README.md"
 
@@ -19,8 +20,9 @@ def model_card(
     sources: Sequence[SourceRecord],
     earlier: Sequence[EarlierRecord],
     statistics: Mapping[str, TensorStatistics],
+    scores: Sequence[TaskScore] = (),
 ) -> str:
-    """Markdown with YAML front matter. The same plan and sources give the same text, to the byte.
+    """Markdown with YAML front matter. The same plan, sources and scores give the same text, to the byte.
 
     ``sources``: the base first, then the recipe's sources in order; ``earlier`` are the documents before the last.
     """
@@ -38,6 +40,7 @@ def model_card(
         f"Made by [Mergeyard](mergeyard.json) with the method `{plan.method}`. Fingerprint: `{plan.digest}`.\n",
         "## Recipe\n",
         f"```yaml\n{_yaml(plan.recipe)}```\n",
+        _scores(scores),
         "## Sources\n",
         _sources_table(list({(record.reference, record.role): record for record in of_all}.values())),
         "## What the merge did\n",
@@ -46,6 +49,16 @@ def model_card(
         _statistics_table(plan, statistics),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _scores(scores: Sequence[TaskScore]) -> str:
+    if not scores:
+        return ""
+    rows = [
+        (item.name, item.metric, f"{item.score:.4f}", f"{item.standard_error:.4f}", str(item.examples))
+        for item in scores
+    ]
+    return "## Scores\n\n" + _table(("task", "metric", "score", "standard error", "examples"), rows)
 
 
 def _sources_table(sources: Sequence[SourceRecord]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from app.planning.plan import TensorPlan
+from app.tasks.task import TaskScore
 from worker.engine.blocks import Block
 from worker.engine.digests import SourceDigests
 from worker.engine.reader import dtype_of
@@ -14,7 +15,8 @@ class Control(Protocol):
     """How a merge is watched and stopped. All calls come from the thread that runs the merge."""
 
     def stage(self, name: str) -> None:
-        """``merging`` once the plan is taken up, ``publishing`` once every weight is written."""
+        """``merging`` once the plan is taken up, ``publishing`` once every weight is written, and before it
+        ``evaluating`` where the result is scored."""
         ...
 
     def progress(self, bytes_done: int, bytes_total: int) -> None:
@@ -24,6 +26,10 @@ class Control(Protocol):
         needed those that it reads once more, of all documents of the recipe; it never changes during a merge, and
         ``bytes_done`` never falls.
         """
+        ...
+
+    def scored(self, score: TaskScore) -> None:
+        """The result was scored on a task."""
         ...
 
     def check(self) -> None:

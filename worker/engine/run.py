@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -25,6 +25,7 @@ from app.sources.models import INDEX
 from app.sources.references import model_of
 from app.sources.safetensors import read_header
 from app.sources.source import SourceFile
+from app.tasks.task import TaskScore
 from worker.engine.adapter_output import adapter_config
 from worker.engine.blocks import Crew
 from worker.engine.card import CARD_NAME, model_card
@@ -52,6 +53,13 @@ class MergeOutput:
     statistics: Mapping[str, TensorStatistics]
     earlier: tuple[EarlierRecord, ...]
     versions: Mapping[str, str]
+    evaluation: tuple[TaskScore, ...]
+
+
+class Evaluate(Protocol):
+    """Scores the plan's tasks on the checkpoint in ``folder``, whose files have the names of the artifact's."""
+
+    def __call__(self, folder: Path, control: Control, /) -> tuple[TaskScore, ...]: ...
 
 
 def run_merge(
@@ -62,13 +70,16 @@ def run_merge(
     threads: int = 0,
     control: Control,
     digests: DigestCache,
+    evaluate: Evaluate | None = None,
     delta_budget: int = DELTA_BYTES,
 ) -> MergeOutput:
     """Merge into ``sink``: weights, index, config, companions and the model card.
 
     ``threads`` 0 takes every core; neither it nor ``delta_budget`` (bytes of Δ kept between passes) changes a byte of
-    the result. Raises MergeyardError (``source_changed``, ``source_format``, ``source_not_finite``,
-    ``result_not_finite``, ``disk_full``, ``out_of_memory``) or what ``control.check`` raised.
+    the result. ``evaluate`` is called once all is written but the model card, which has its scores.
+
+    Raises MergeyardError (``source_changed``, ``source_format``, ``source_not_finite``, ``result_not_finite``,
+    ``disk_full``, ``out_of_memory``) or what ``control.check`` or ``evaluate`` raised.
     """
     with _user_errors(plan), contextlib.ExitStack() as stack:
         control.stage("merging")
@@ -86,19 +97,27 @@ def run_merge(
         shards, found = _write_weights(plan, streams, scratch, control, hashing, reader)
         sha256 = hashing.result(control.check)
         reader.verify()
-        control.stage("publishing")
+        control.stage("publishing" if evaluate is None else "evaluating")
         sources = _source_records(plan, plan.earlier, sha256)
         earlier = tuple(
             _earlier_record(document, plan.earlier, own, sha256)
             for document, own in zip(plan.earlier, found, strict=False)
         )
-        small = _write_small_files(plan, sink, sources, earlier, found[-1])
+        small = _write_small_files(plan, sink, found[-1])
+        scores: tuple[TaskScore, ...] = ()
+        if evaluate is not None:
+            with sink.readable((*shards, *small)) as folder:
+                scores = evaluate(folder, control)
+            control.stage("publishing")
+        card = model_card(plan, sources, earlier, found[-1], scores).encode()
+        small.append(write_file(sink, CARD_NAME, card))
     return MergeOutput(
         files=(*shards, *small),
         sources=sources,
         statistics=found[-1],
         earlier=earlier,
         versions=versions(kernels),
+        evaluation=scores,
     )
 
 
@@ -111,6 +130,7 @@ def build_manifest(plan: Plan, output: MergeOutput) -> Manifest:
         files=output.files,
         statistics=output.statistics,
         earlier=output.earlier,
+        evaluation=output.evaluation,
         versions=output.versions,
         warnings=tuple(warning.as_json() for warning in plan.warnings),
     )
@@ -129,20 +149,23 @@ def merge_to_folder(
     threads: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     digests: DigestCache | None = None,
+    evaluate: Callable[[str], Evaluate | None] | None = None,
     delta_budget: int = DELTA_BYTES,
 ) -> Manifest:
-    """Merge into the folder ``out``, which appears whole or not at all.
+    """Merge into the folder ``out``, which appears whole or not at all. ``evaluate`` is told the kernels' room.
 
     Raises what ``run_merge`` raises, ``output_exists``, and ``not_supported`` for a device that this machine has not.
     """
     with _user_errors(plan), FolderSink(out, needs=plan.estimates.disk_bytes) as sink:
+        kernels = load(device)
         output = run_merge(
             plan,
             sink,
-            kernels=load(device),
+            kernels=kernels,
             threads=threads,
             control=_Onlooker(on_progress),
             digests=digests or DigestCache(None),
+            evaluate=evaluate(kernels.name) if evaluate is not None else None,
             delta_budget=delta_budget,
         )
         manifest = build_manifest(plan, output)
@@ -176,6 +199,9 @@ class _Onlooker:
     def progress(self, bytes_done: int, bytes_total: int) -> None:
         if self.on_progress is not None:
             self.on_progress(bytes_done, bytes_total)
+
+    def scored(self, score: TaskScore) -> None:
+        pass
 
     def check(self) -> None:
         pass
@@ -288,19 +314,16 @@ def _earlier_record(
 def _write_small_files(
     plan: Plan,
     sink: Sink,
-    sources: tuple[SourceRecord, ...],
-    earlier: tuple[EarlierRecord, ...],
     statistics: Mapping[str, TensorStatistics],
 ) -> list[StoredFile]:
-    """Index, documents, companions and the card, in an order that the plan alone decides."""
+    """Index, documents and companions, in an order that the plan alone decides."""
     own = {name: document_bytes(document) for name, document in plan.documents.items()}
     if (index := index_of(plan)) is not None:
         own[INDEX] = index
     if plan.adapter is not None:
         own[CONFIG_NAME] = strict_json.file_bytes(adapter_config(plan, plan.adapter, statistics))
-    own[CARD_NAME] = model_card(plan, sources, earlier, statistics).encode()
     stored = [write_file(sink, name, content) for name, content in own.items()]
-    reserved = {*own, INDEX, MANIFEST_NAME, *(shard.filename for shard in plan.shards)}
+    reserved = {*own, INDEX, CARD_NAME, MANIFEST_NAME, *(shard.filename for shard in plan.shards)}
     for companion in plan.companions:
         if companion.name not in reserved:
             content = companion.content

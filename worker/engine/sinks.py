@@ -8,7 +8,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,10 @@ class Sink(Protocol):
 
     def remember(self, filename: str, statistics: Mapping[str, TensorStatistics]) -> None:
         """Keep the statistics of a weight file, so that a retry may adopt it. Called just before its ``finish``."""
+        ...
+
+    def readable(self, files: Sequence[StoredFile]) -> AbstractContextManager[Path]:
+        """A folder on this machine in which these finished files lie under their names; it may hold others."""
         ...
 
     def scratch(self) -> AbstractContextManager[Path]:
@@ -121,6 +125,10 @@ class AttemptFolder:
 
     def create(self, filename: str, size: int) -> LocalFile:
         return LocalFile(self._folder / filename, name=filename, size=size)
+
+    @contextlib.contextmanager
+    def readable(self, files: Sequence[StoredFile]) -> Iterator[Path]:  # noqa: ARG002 — they lie there already
+        yield self._folder
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -1,0 +1,1 @@
+"""Scoring a model on tasks. Needs transformers (the extra ``evaluation``)."""
