@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
 	@touch $@
 
+# DEMO takes its options: make demo DEMO="--examples 40"
 demo: $(STAMP)
-	$(BIN)/python -m examples.demo
+	$(BIN)/python -m examples.demo $(DEMO)
 
 # A file's tests stay together: what they share is made once.
 test: $(STAMP)

@@ -56,6 +56,7 @@ class Measured:
 
     scores: dict[Task, dict[str, float]] = field(default_factory=lambda: {task: {} for task in TASKS})
     answers: list[Answer] = field(default_factory=list)
+    examples: dict[Task, int] = field(default_factory=lambda: dict.fromkeys(TASKS, 0))
     seconds: dict[str, float] = field(default_factory=dict)
 
     def kept(self, task: Task, merge: str) -> float | None:
@@ -76,12 +77,15 @@ class NoBaseModelError(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measured figures there")
+    parser.add_argument(
+        "--examples", type=int, metavar="N", help="score on the first N held-out examples of a task alone"
+    )
     options = parser.parse_args()
     console = Console(highlight=False)
     # A plain kill must end the service too: turned into an exception, it unwinds like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        measured = demo(console)
+        measured = demo(console, options.examples)
     except KeyboardInterrupt:
         console.print("Stopped; nothing is left running.")
         return 130
@@ -93,8 +97,11 @@ def main() -> int:
     return 0
 
 
-def demo(console: Console) -> Measured:
+def demo(console: Console, count: int | None = None) -> Measured:
+    """Everything, scored on ``count`` held-out examples a task (None: all of them)."""
     measured, started = Measured(), time.monotonic()
+    held_out = {task: examples(task, "test", count) for task in TASKS}
+    measured.examples = {task: len(asked) for task, asked in held_out.items()}
     with step(console, measured, "base", f"Base model: {DESCRIPTION}"):
         base = prepared_base(console)
         roots = lay_out(base)
@@ -105,7 +112,6 @@ def demo(console: Console) -> Measured:
             merged[name] = merge(console, measured, client, name, title)
 
     # From here on there is no service, and until the adapters are scored by themselves, no PEFT either.
-    held_out = {task: examples(task, "test") for task in TASKS}
     for name, folder in merged.items():
         loaded = load(folder)
         answer_the_article(console, measured, name, loaded)
@@ -204,6 +210,10 @@ def merge(console: Console, measured: Measured, client: Client, name: str, title
             raise MergeFailedError(
                 f"Merge {job['id']} {finished['status']}: {error['detail'] if error else 'no reason given'}"
             )
+    for item in finished["evaluation"]:
+        console.print(
+            f"  scored by the worker: {item['name']} {item['score']:.0%} of {item['examples']} ({item['metric']})"
+        )
     folder = cache_folder() / "merged" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -266,7 +276,8 @@ def load_with_adapter(base: Path, task: Task) -> tuple[PreTrainedModel, PreTrain
 
 
 def table(measured: Measured) -> Table:
-    shown = Table(title=f"\nExact match of greedy answers, {len(examples('sql', 'test'))} held-out examples a task")
+    count = min(measured.examples.values())
+    shown = Table(title=f"\nExact match of greedy answers, {count} held-out examples a task")
     shown.add_column("task")
     for column in ("base", "own adapter", "merged: TIES", "merged: plain sum", "gain kept: TIES", "gain kept: sum"):
         shown.add_column(column, justify="right")
@@ -280,7 +291,7 @@ def table(measured: Measured) -> Table:
 def as_json(measured: Measured) -> dict[str, Any]:
     return {
         "base": DESCRIPTION,
-        "examples_per_task": {task: len(examples(task, "test")) for task in TASKS},
+        "examples_per_task": measured.examples,
         "exact_match": measured.scores,
         "gain_kept": {task: {name: measured.kept(task, name) for name in RECIPES} for task in TASKS},
         "article": [
