@@ -34,6 +34,7 @@ CODES: dict[str, Code] = {
     "unknown_key": Code(422, "user", "The recipe has a key that does not exist"),
     "unknown_method": Code(422, "user", "The merge method does not exist"),
     "not_supported": Code(422, "user", "Valid, but not supported by this version"),
+    "grid_invalid": Code(422, "user", "The grid of a sweep cannot be used"),
     "no_sources": Code(422, "user", "The recipe names nothing to merge"),
     "parameter_invalid": Code(422, "user", "A parameter's value is out of range or of the wrong type"),
     # references and files

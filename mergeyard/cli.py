@@ -19,6 +19,7 @@ import typer
 from mergeyard.command import FAILED, WRONG, AsJson, fail, guarded, print_json, read_settings
 from mergeyard.evaluate import evaluate
 from mergeyard.keys import keys
+from mergeyard.sweep import sweep
 
 if TYPE_CHECKING:
     from mergeyard.answers import Merge
@@ -33,6 +34,7 @@ cli = typer.Typer(
 )
 cli.add_typer(keys)
 cli.command()(evaluate)
+cli.command()(sweep)
 
 
 class Device(StrEnum):

@@ -92,6 +92,36 @@ def scoring() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
+def sweeping(count: int) -> Iterator[SweepBar]:
+    """A bar over ``count`` candidates."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(SpinnerColumn(), *columns, console=_err()) as bar:
+        yield SweepBar(bar, bar.add_task("sweep", total=count))
+
+
+class SweepBar:
+    """A ``worker.evaluation.sweep.Watch`` that moves a bar."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def stage(self, name: str) -> None:
+        self._bar.update(self._task, description=name)
+
+    def progress(self, bytes_done: int, bytes_total: int) -> None:
+        pass
+
+    def scored(self, score: object) -> None:
+        pass
+
+    def scoring(self, number: int, share: float) -> None:
+        self._bar.update(self._task, description="scoring", completed=number + share)
+
+    def check(self) -> None:
+        pass
+
+
+@contextmanager
 def watching(merge: Merge) -> Iterator[Callable[[Merge], None]]:
     """A bar with the merge's stage; where there is no terminal, a line whenever status or stage change."""
     if not _err().is_terminal:
@@ -190,6 +220,15 @@ def show_scores(scores: Sequence[Mapping[str, Any]]) -> None:
         for item in scores
     ]
     _columns(("task", "metric", "score", "± error", "examples"), rows)
+
+
+def show_sweep(rows: Sequence[Mapping[str, str]], best: int) -> None:
+    """A table of points with their settings and scores; the best one has a star."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [
+        ["*" if number == best else "", *(row.get(name, "–") for name in names)] for number, row in enumerate(rows)
+    ]
+    _columns(("", *names), lines)
 
 
 def show_submitted(merge: Merge) -> None:

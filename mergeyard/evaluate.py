@@ -21,7 +21,7 @@ from mergeyard.command import AsJson, guarded, print_json, read_settings
 if TYPE_CHECKING:
     from app.planning.plan import PlannedTask
     from app.recipe.evaluation import TaskEntry
-    from app.tasks.task import TaskScore
+    from app.tasks.task import Metric, TaskScore
     from mergeyard.local import Here
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -46,7 +46,8 @@ def evaluate(
 
     if device not in DEVICES:
         raise typer.BadParameter(f"{device!r} is none of {', '.join(DEVICES)}", param_hint="--device")
-    entries = [_entry(text, limit=limit, max_new_tokens=max_new_tokens) for text in tasks]
+    given = {"limit": limit, "max_new_tokens": max_new_tokens}
+    entries = [task_entry(text, default="exact_match", **given) for text in tasks]
     place = local.here(Path.cwd(), read_settings())
     with _checkpoint(model, place, device) as folder:
         planned = _planned(entries, place, folder)
@@ -71,8 +72,11 @@ def score_folder(
         return [score(model, item.task, on_progress=partial(on_progress, item.task.name)) for item in tasks]
 
 
-def _entry(text: str, **given: Any) -> TaskEntry:
-    """``FILE=METRIC``. A file's name may have an = of its own: what follows the last one is a metric, or none."""
+def task_entry(text: str, *, default: Metric, **given: Any) -> TaskEntry:
+    """``FILE=METRIC``, or a file that is judged by the default.
+
+    A file's name may have an = of its own: what follows the last one is a metric, or none.
+    """
     from app.recipe.evaluation import TaskEntry
     from app.tasks.task import METRICS
 
@@ -81,7 +85,7 @@ def _entry(text: str, **given: Any) -> TaskEntry:
         return TaskEntry(file=file, metric=metric, **given)
     if equals and not Path(text).exists():
         raise typer.BadParameter(f"{metric!r} is no metric; there are {', '.join(METRICS)}", param_hint="--tasks")
-    return TaskEntry(file=text, **given)
+    return TaskEntry(file=text, metric=default, **given)
 
 
 def _planned(entries: Sequence[TaskEntry], place: Here, folder: Path) -> Sequence[PlannedTask]:
