@@ -171,6 +171,24 @@ def test_a_redirect_in_clear_is_not_followed(hub: Hub, answers: Answers) -> None
         assert other.asked == []
 
 
+def test_nor_is_one_in_clear_to_a_public_host(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is on the way could read and change what it sends, so its address does not help. No network here."""
+    sent: list[str] = []
+
+    def handle(_: object, request: httpx2.Request) -> httpx2.Response:
+        sent.append(request.url.host)
+        if request.url.host == "127.0.0.1":
+            return httpx2.Response(302, headers={"Location": "http://cdn.example.com/x"})
+        return httpx2.Response(200, stream=httpx2.ByteStream(b"{}"))
+
+    monkeypatch.setattr("httpx2.HTTPTransport.handle_request", handle)
+    public = [(2, 1, 6, "", ("93.184.215.14", 80))]
+    monkeypatch.setattr("app.sources.hub.wire.socket.getaddrinfo", lambda *_, **__: public)
+    error = refusal(hub)
+    assert error.code == "hub_not_allowed" and "cdn.example.com:80" in error.message
+    assert sent == ["127.0.0.1"]
+
+
 def test_the_token_goes_to_the_endpoint_and_nowhere_else(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The address that was looked at is the one that is connected to, under the name that it has. No network here."""
     sent: list[tuple[str, str | None, str | None]] = []
