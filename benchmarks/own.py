@@ -14,6 +14,7 @@ from app.planning.plan import Plan
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
 from app.sources.resolver import Resolver
+from app.tasks.task import TaskScore
 from benchmarks.clock import Clock
 from benchmarks.job import Job, read_job
 from worker.engine.digests import DigestCache, SourceDigests
@@ -68,6 +69,9 @@ class Unwatched:
         pass
 
     def progress(self, bytes_done: int, bytes_total: int) -> None:
+        pass
+
+    def scored(self, score: TaskScore) -> None:
         pass
 
     def check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
@@ -11,10 +12,12 @@ from typing import Any
 from app.errors import MergeyardError, Problem
 from app.planning.plan import PlannedTask
 from app.recipe import Recipe
-from app.recipe.evaluation import TaskEntry
+from app.recipe.evaluation import LONGEST_NAME, TaskEntry
 from app.sources.resolver import Resolver
 from app.tasks.reading import read_examples
 from app.tasks.task import Task
+
+MAX_BYTES = 100_000_000  # of all files of a recipe: they are read whole, as often as it is planned
 
 
 def plan_tasks(recipe: Recipe, resolver: Resolver, *, has_chat_template: bool) -> tuple[PlannedTask, ...]:
@@ -39,10 +42,15 @@ def read_tasks(
     """The tasks of a list that stands at ``where``. Raises as ``plan_tasks``."""
     problems: list[Problem] = []
     planned: list[PlannedTask] = []
+    size = 0
     for index, entry in enumerate(entries):
         taken = {item.task.name for item in planned}
         try:
-            planned.append(_planned(entry, resolver, taken, has_chat_template=has_chat_template))
+            reference, content = resolver.task_file(entry.file)
+            size += len(content)
+            if size > MAX_BYTES:
+                raise MergeyardError("task_invalid", f"The task files have more than {MAX_BYTES} bytes together.")
+            planned.append(_planned(entry, reference, content, taken, has_chat_template=has_chat_template))
         except MergeyardError as error:
             key = "sha256" if error.code == "source_changed" else "file"
             problems.append(Problem(code=error.code, message=error.message, where=f"{where}[{index}].{key}"))
@@ -72,13 +80,20 @@ def section(tasks: Sequence[PlannedTask]) -> dict[str, Any]:
     }
 
 
-def _planned(entry: TaskEntry, resolver: Resolver, taken: Collection[str], *, has_chat_template: bool) -> PlannedTask:
-    reference, content = resolver.task_file(entry.file)
+def _name_of(reference: str, entry: TaskEntry, taken: Collection[str]) -> str:
+    """After the file, as far as a name may be; where that is taken already, with the metric."""
+    stem = PurePosixPath(reference.partition(":")[2] or reference).stem
+    name = re.sub(r"[^\w.-]", "-", stem)[: LONGEST_NAME - len(entry.metric) - 1]
+    return f"{name}-{entry.metric}" if name in taken else name
+
+
+def _planned(
+    entry: TaskEntry, reference: str, content: bytes, taken: Collection[str], *, has_chat_template: bool
+) -> PlannedTask:
     sha256 = hashlib.sha256(content).hexdigest()
     if entry.sha256 not in (None, sha256):
         raise MergeyardError("source_changed", f"{entry.file} is not the file with the digest {entry.sha256}.")
-    stem = PurePosixPath(reference.partition(":")[2] or reference).stem
-    name = entry.name or (f"{stem}-{entry.metric}" if stem in taken else stem)
+    name = entry.name or _name_of(reference, entry, taken)
     examples = read_examples(content, name=entry.file, metric=entry.metric, limit=entry.limit)
     task = Task(name=name, metric=entry.metric, examples=examples, max_new_tokens=entry.max_new_tokens)
     if task.chats and not has_chat_template:

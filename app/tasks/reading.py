@@ -14,8 +14,9 @@ from app.tasks.task import Example, Message, Metric
 
 MAX_BYTES = 50_000_000
 MAX_LINE = 1_000_000  # characters
-MAX_EXAMPLES = 100_000
+MAX_EXAMPLES = 20_000  # every expected query is parsed as it is submitted
 MAX_CHOICES = 100
+MAX_PATTERN = 1_000  # characters
 ROLES = frozenset({"system", "user", "assistant"})
 
 
@@ -129,6 +130,8 @@ def _check_answer(answer: Any, choices: Sequence[str], name: str, number: int, m
     if not isinstance(answer, str) or not answer:
         raise _wrong(name, number, f"has an `answer` that is not a text, which the metric {metric} needs")
     if metric == "regex":
+        if len(answer) > MAX_PATTERN:
+            raise _wrong(name, number, f"has a pattern of more than {MAX_PATTERN} characters")
         try:
             regex.compile(answer)
         except regex.error as error:

@@ -94,6 +94,12 @@ class TestPlanning:
         again = planned(yard, dict(plan.recipe))
         assert again.digest == plan.digest and again.tasks == plan.tasks
 
+    @pytest.mark.parametrize("name", ["my tasks, 2", "é" * 80])
+    def test_a_task_is_called_after_its_file_as_far_as_it_can_be(self, yard: Yard, name: str) -> None:
+        (yard.settings.roots[0] / f"{name}.jsonl").write_text(lines(chat("hi", "hello")))
+        plan = planned(yard, recipe({"file": f"models:{name}.jsonl"}))
+        assert planned(yard, dict(plan.recipe)).tasks == plan.tasks
+
     def test_what_is_asked_is_part_of_the_fingerprint(self, yard: Yard) -> None:
         file = yard.settings.roots[0] / "tasks" / "by-heart.jsonl"
         other = {"file": "models:tasks/by-heart.jsonl", "metric": "nll"}
@@ -136,6 +142,14 @@ class TestPlanning:
     def test_what_is_wrong_has_its_place(self, yard: Yard, task: dict[str, Any], code: str, where: str) -> None:
         wrong = recipe({"file": "models:tasks/by-heart.jsonl"}, task or {"name": "x"})
         assert refused(lambda: planned(yard, wrong)) == [(code, f"evaluation.tasks[1]{where}")]
+
+    def test_all_files_together_are_bounded(self, yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
+        size = (yard.settings.roots[0] / "tasks" / "by-heart.jsonl").stat().st_size
+        both = recipe(*({"file": "models:tasks/by-heart.jsonl", "name": name} for name in ("a", "b")))
+        monkeypatch.setattr("app.planning.tasks.MAX_BYTES", 2 * size)
+        assert len(planned(yard, both).tasks) == 2
+        monkeypatch.setattr("app.planning.tasks.MAX_BYTES", 2 * size - 1)
+        assert refused(lambda: planned(yard, both)) == [("task_invalid", "evaluation.tasks[1].file")]
 
     def test_everything_else_that_does_not_fit(self, yard: Yard) -> None:
         both = [{"file": "models:tasks/by-heart.jsonl", "metric": metric} for metric in ("exact_match", "nll")]
@@ -262,6 +276,7 @@ def test_a_task_file_is_uploaded_like_a_model(yard: Yard) -> None:
     OwnedUploads(yard.jobs.database).add(made, by=Caller(owner="local", scopes=frozenset()))
     plan = planned(yard, named)
     assert plan.tasks[0].task.examples[0].answer == "hello" and plan.tasks[0].task.name.startswith("sha256-")
+    assert planned(yard, dict(plan.recipe)).digest == plan.digest, "a worker plans it again"
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_a_limit_takes_the_first_and_checks_all() -> None:
         ("multiple_choice", lines({**CHOICE, "choices": ["a", "a"]}), "2 to 100 different texts"),
         ("json", lines({"prompt": "x", "answer": '{"a": 1}'}), "compares its keys"),
         ("regex", lines({"prompt": "x", "answer": "(a"}), "no regular expression"),
+        ("regex", lines({"prompt": "x", "answer": "a" * 1001}), "more than 1000 characters"),
         ("sql", lines({"prompt": "x", "answer": "no query at all"}), "not SQL"),
         ("nll", lines({"messages": [], "answer": "4"}), "not a list of messages"),
         ("nll", lines({"messages": [{"role": "user"}], "answer": "4"}), "a message without `content`"),

@@ -65,7 +65,7 @@ class _Seen:
 def _bounded(loaded: Loaded, batch: Sequence[Asked], task: Task) -> list[Sequence[Asked]]:
     """The batch in parts whose logits, or whose answers, fit at once."""
     if task.metric in FORCED:
-        vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+        vocabulary = loaded.model.config.get_text_config().vocab_size
         first = min(len(row.prompt) for row in batch) - 1
         width = max(row.length for row in batch) - first
         size = max(1, LOGIT_BYTES // (4 * vocabulary * width))
