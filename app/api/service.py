@@ -125,6 +125,10 @@ class Service:
                 sweep(folder, self.store, Upkeep(self.database))
             except OSError:
                 log.exception("the files of %s could not be deleted; the janitor will try again", folder)
+            except MergeyardError as error:
+                if error.code != "store_unavailable":
+                    raise
+                log.warning("the files of %s stay until the janitor deletes them: %s", folder, error)
 
     def ring(self, job: Job) -> None:
         """Tell the workers. A broker that is away costs time and nothing else: the row waits for the janitor's ring."""

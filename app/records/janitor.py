@@ -124,9 +124,14 @@ class Janitor:
             self._uploads.sweep()
         if self._store is None:
             return
-        self._sweep_finished(self._store)
-        self._sweep_strays(self._store)
-        self._store.empty_trash()
+        try:
+            self._sweep_finished(self._store)
+            self._sweep_strays(self._store)
+            self._store.empty_trash()
+        except MergeyardError as error:
+            if error.code != "store_unavailable":
+                raise
+            log.warning("leftovers stay, a later round tries again: %s", error)  # the rest of the round does not wait
 
     def _sweep_finished(self, store: ArtifactStore) -> None:
         found = self._upkeep.unswept(after=self._swept_up_to)

@@ -19,9 +19,7 @@ import pytest
 from sqlalchemy.engine import URL, make_url
 
 from app.records.job import Job
-from app.records.tables import metadata
 from app.records.workers import Workers
-from tests import servers
 from tests.deployment.hosts import Host, two_hosts
 from tests.faults.proxy import Address, Proxy, proxied
 from tests.objects.s3 import new_bucket
@@ -56,7 +54,6 @@ def site(
     queue: str,
     postgres_database: str,
 ) -> Iterator[Site]:
-    servers.empty(postgres_database, metadata.tables)
     with ExitStack() as stack:
         store: dict[str, Any] = {}
         if request.param == "bucket":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import random
 import signal
 import tarfile
@@ -17,8 +18,13 @@ import pytest
 
 from app.artifacts.manifest import MANIFEST_NAME
 from app.artifacts.objects import ObjectStore
+from app.artifacts.opening import open_store
 from app.artifacts.store import LocalStore, read_whole
+from app.records.bell import Bell
+from app.records.database import Database
+from app.records.janitor import Janitor
 from app.records.job import Job, Status
+from app.records.jobs import Jobs
 from app.settings import Settings
 from mergeyard import Client
 from tests import servers
@@ -146,12 +152,20 @@ def test_it_is_ready_and_tells_of_no_disk_that_the_store_has_not(api: ServedApi)
 
 
 def test_a_bucket_that_is_away_makes_it_not_ready_and_downloads_fail_with_a_code(
-    tmp_path: Path, sqlite_url: str, one_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    sqlite_url: str,
+    one_bucket: Bucket,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("app.artifacts.bucket.RETRY", {"max_retries": 0})
     with servers.short_folder() as folder, servers.valkey(folder / "valkey.sock") as broker:
         settings = Settings(
-            data_dir=tmp_path / "data", database_url=sqlite_url, broker_url=broker, **one_bucket.settings()
+            data_dir=tmp_path / "data",
+            database_url=sqlite_url,
+            broker_url=broker,
+            janitor_seconds=3600,
+            **one_bucket.settings(),
         )
         with serving(settings) as served:
             job = served.published({"config.json": b"{}"})
@@ -161,6 +175,14 @@ def test_a_bucket_that_is_away_makes_it_not_ready_and_downloads_fail_with_a_code
             assert ready.status_code == 503 and "store" in ready.text and "s3://" in ready.text
             answer = served.http.get(f"/merges/{job.id}/files/config.json")
             assert answer.status_code == 503 and answer.json()["code"] == "store_unavailable"
+            assert served.http.delete(f"/merges/{job.id}").status_code == 204, "its files are the janitor's"
+        janitor = Janitor(Jobs(Database(sqlite_url)), Bell(broker), 60, open_store(away))
+        with caplog.at_level(logging.WARNING, "mergeyard.janitor"):
+            janitor.round()
+        assert "leftovers stay" in caplog.text
+        assert any(job.id in key for key in one_bucket.sizes())
+        Janitor(Jobs(Database(sqlite_url)), Bell(broker), 60, open_store(settings)).round()
+        assert not any(job.id in key for key in one_bucket.sizes())
 
 
 class TestAttempts:
