@@ -154,12 +154,14 @@ def profile_of(case: Case, folder: Path) -> Profile:
     os.sync()
     command = [sys.executable, "-m", "benchmarks.spans", str(place / "job.json")]
     samples: list[Sample] = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:
-            samples.append(_sample(process.pid))
-            time.sleep(SAMPLE_SECONDS)
-        assert process.stdout is not None
-        output = process.stdout.read()
+    # Into a file: what it says of a large merge is more than a pipe holds, and nobody reads while it is watched.
+    with (place / "said.json").open("w+") as said:
+        with subprocess.Popen(command, cwd=ROOT, stdout=said) as process:
+            while process.poll() is None:
+                samples.append(_sample(process.pid))
+                time.sleep(SAMPLE_SECONDS)
+        said.seek(0)
+        output = said.read()
     shutil.rmtree(place)
     if process.returncode:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}")
