@@ -17,6 +17,7 @@ from app.api import (
     audit,
     docs,
     errors,
+    evaluations,
     files,
     health,
     hub,
@@ -26,6 +27,7 @@ from app.api import (
     queues,
     session,
     sources,
+    sweeps,
     uploads,
     webhooks,
     workers,
@@ -53,6 +55,7 @@ from app.records.janitor import Janitor
 from app.records.jobs import Jobs
 from app.records.keys import Keys
 from app.records.owned import OwnedUploads, stored_uploads
+from app.records.points import Points
 from app.records.queues import Queues
 from app.records.quotas import Quotas
 from app.records.sessions import Sessions
@@ -133,6 +136,8 @@ def create_app(settings: Settings) -> FastAPI:
     resources = (
         merges,
         files,
+        sweeps,
+        evaluations,
         aliases,
         hub,
         uploads,
@@ -170,6 +175,7 @@ def open_service(settings: Settings) -> Service:
         settings=settings,
         database=database,
         jobs=jobs,
+        points=Points(database),
         queues=Queues(database),
         workers=Workers(database),
         aliases=Aliases(database),

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,13 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import psutil
 from rich.console import Console
 
 from benchmarks.scale import _machine
 from benchmarks.speed import _commit
+from benchmarks.turns import Turn, own_seconds, peak_memory, tell
 from benchmarks.watch import machine_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,23 +57,23 @@ def measure() -> dict[str, Any]:
     from examples.base_model import base_model  # noqa: PLC0415 (transformers, which the processes import themselves)
 
     began, load = time.monotonic(), os.getloadavg()[0]
-    machine, own = machine_seconds(), _own_seconds()
+    machine, own = machine_seconds(), own_seconds()
     base = base_model(Console(stderr=True))
     with tempfile.TemporaryDirectory(prefix="mergeyard-sweep-") as scratch:
         given = _lay_out(base, Path(scratch))
-        sweeping, scoring = _started("sweep", given), _started("score", given)
+        sweeping, scoring = (Turn("benchmarks.sweep", role, given) for role in ("sweep", "score"))
         seconds: dict[str, list[float]] = {"sweep": [], "score": []}
         scores: list[list[dict[str, Any]]] = []
         for number in range(len(DENSITIES) * len(LAMBDAS)):
             turns = [("sweep", sweeping), ("score", scoring)]
             for name, process in turns if number % 2 else reversed(turns):
-                told = _next(process)
+                told = process.take()
                 seconds[name].append(told["seconds"])
                 if name == "sweep":
                     scores.append(told["scores"])
-        peaks = {name: _next(process)["peak"] for name, process in (("sweep", sweeping), ("score", scoring))}
+        peaks = {name: process.take()["peak"] for name, process in (("sweep", sweeping), ("score", scoring))}
         for process in (sweeping, scoring):
-            process.wait(60)
+            process.end()
         written = json.loads(_run("written", given))
     whole = (time.monotonic() - began) * (os.cpu_count() or 1)
     return {
@@ -82,7 +81,7 @@ def measure() -> dict[str, Any]:
         "commit": _commit(),
         "machine": _machine(),
         "load": load,
-        "others": max(0.0, machine_seconds() - machine - (_own_seconds() - own)) / whole,
+        "others": max(0.0, machine_seconds() - machine - (own_seconds() - own)) / whole,
         "seconds": seconds,
         "peaks": peaks,
         "equal": sum(scores[number] == found for number, found in zip(CHECKED, written, strict=True)),
@@ -161,9 +160,9 @@ def sweep(given: Mapping[str, Any]) -> None:
         began = time.monotonic()
         model.become(plan, kernels=kernels, control=Unwatched(), digests=digests)
         found = [asdict(scored(model.loaded, task)) for task in tasks]
-        _tell(seconds=time.monotonic() - began, scores=found)
+        tell(seconds=time.monotonic() - began, scores=found)
     sys.stdin.readline()
-    _tell(peak=_peak())
+    tell(peak=peak_memory())
 
 
 def score(given: Mapping[str, Any]) -> None:
@@ -178,9 +177,9 @@ def score(given: Mapping[str, Any]) -> None:
             began = time.monotonic()
             for task in tasks:
                 scored(model, task)
-            _tell(seconds=time.monotonic() - began)
+            tell(seconds=time.monotonic() - began)
         sys.stdin.readline()
-        _tell(peak=_peak())
+        tell(peak=peak_memory())
 
 
 def written(given: Mapping[str, Any]) -> None:
@@ -250,43 +249,9 @@ def _tasks(given: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def _started(role: str, given: Mapping[str, Any]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.sweep", role, json.dumps(given)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-
 def _run(role: str, given: Mapping[str, Any]) -> str:
     command: Sequence[str] = [sys.executable, "-m", "benchmarks.sweep", role, json.dumps(given)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
-
-
-def _next(process: subprocess.Popen[str]) -> dict[str, Any]:
-    stdin, stdout = process.stdin, process.stdout
-    assert stdin is not None and stdout is not None
-    _write_line(stdin)
-    return dict(json.loads(stdout.readline()))
-
-
-def _write_line(stream: IO[str]) -> None:
-    stream.write("\n")
-    stream.flush()
-
-
-def _tell(**values: Any) -> None:
-    print(json.dumps(values), flush=True)
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _own_seconds() -> float:
-    """Of this process, its children that live, and those that have ended."""
-    total = 0.0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        times = process.cpu_times()
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
 
 
 if __name__ == "__main__":

@@ -87,6 +87,72 @@ class Merge(MergeSummary):
     evaluation: list[Score]
 
 
+class PointProgress(TypedDict):
+    points_done: int
+    points_total: int
+    fraction: float
+
+
+class Scoring(TypedDict):
+    """What sweeps and evaluations have in common. Times are ISO 8601 in UTC."""
+
+    id: str
+    kind: str
+    owner: str
+    status: str
+    stage: str | None
+    method: str
+    queue: str
+    priority: int
+    labels: dict[str, str]
+    attempt: int
+    max_attempts: int
+    progress: PointProgress
+    error: Failure | None
+    pinned: bool
+    expires_at: str | None
+    fingerprint: str
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    updated_at: str
+    urls: dict[str, str]
+    failures: list[FailedAttempt]
+    retry_at: str | None
+    webhook: Webhook | None
+    tasks: list[dict[str, Any]]
+    estimates: dict[str, int]
+    warnings: list[Problem]
+
+
+class Evaluation(Scoring):
+    model: str
+    scores: list[Score]
+
+
+class SweepPoint(TypedDict):
+    number: int
+    settings: dict[str, Any]
+    scores: list[Score] | None
+    kept: dict[str, float | None]
+    mean: float | None
+    minimum: float | None
+    scored_at: str | None
+
+
+class HeldAgainst(TypedDict):
+    name: str
+    scores: list[Score] | None
+
+
+class Sweep(Scoring):
+    recipe: dict[str, Any]
+    grid: dict[str, list[Any]]
+    against: list[HeldAgainst]
+    points: list[SweepPoint]
+    best: int | None
+
+
 class MergePage(TypedDict):
     items: list[MergeSummary]
     next_cursor: str | None

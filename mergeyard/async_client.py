@@ -16,6 +16,7 @@ from mergeyard.answers import (
     Alias,
     AliasList,
     AliasSummary,
+    Evaluation,
     Event,
     EventPage,
     FileList,
@@ -26,6 +27,7 @@ from mergeyard.answers import (
     Progress,
     QueueList,
     SourceList,
+    Sweep,
     Upload,
     WorkerList,
 )
@@ -112,11 +114,13 @@ class AsyncClient:
         self, merge_id: str, on_update: Callable[[Merge], None] | None = None, timeout: float | None = None
     ) -> Merge:
         """As ``Client.wait``."""
-        return await self._run(self._calls.wait(merge_id, on_update, timeout))
+        found: Merge = await self._run(self._calls.wait(merge_id, on_update, timeout))
+        return found
 
     async def cancel(self, merge_id: str) -> Merge:
         """As ``Client.cancel``."""
-        return await self._run(self._calls.cancel(merge_id))
+        found: Merge = await self._run(self._calls.cancel(merge_id))
+        return found
 
     async def delete(self, merge_id: str) -> None:
         """As ``Client.delete``."""
@@ -169,6 +173,85 @@ class AsyncClient:
     async def delete_alias(self, name: str) -> None:
         """As ``Client.delete_alias``."""
         await self._run(self._calls.delete_alias(name))
+
+    # ── sweeps and evaluations ───────────────────────────────────────────────────────────────────
+
+    async def submit_sweep(
+        self,
+        recipe: Mapping[str, Any] | str,
+        grid: Mapping[str, Sequence[Any]],
+        tasks: Sequence[Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+        **envelope: Any,
+    ) -> Sweep:
+        """As ``Client.submit_sweep``."""
+        return await self._run(self._calls.submit_sweep(recipe, grid, tasks, idempotency_key, envelope))
+
+    async def sweep(
+        self,
+        recipe: Mapping[str, Any] | str,
+        grid: Mapping[str, Sequence[Any]],
+        tasks: Sequence[Mapping[str, Any]],
+        *,
+        on_update: Callable[[Sweep], None] | None = None,
+        timeout: float | None = None,
+        **envelope: Any,
+    ) -> Sweep:
+        """As ``Client.sweep``."""
+        made = await self.submit_sweep(recipe, grid, tasks, **envelope)
+        return await self.wait_sweep(made["id"], on_update, timeout)
+
+    async def get_sweep(self, sweep_id: str) -> Sweep:
+        """As ``Client.get_sweep``."""
+        found: Sweep = await self._run(self._calls.scoring(sweep_id))
+        return found
+
+    async def wait_sweep(
+        self, sweep_id: str, on_update: Callable[[Sweep], None] | None = None, timeout: float | None = None
+    ) -> Sweep:
+        """As ``Client.wait_sweep``."""
+        found: Sweep = await self._run(self._calls.wait(sweep_id, on_update, timeout))
+        return found
+
+    async def cancel_sweep(self, sweep_id: str) -> Sweep:
+        """As ``Client.cancel_sweep``."""
+        found: Sweep = await self._run(self._calls.cancel(sweep_id))
+        return found
+
+    async def merge_point(
+        self, sweep_id: str, point: int | None = None, *, idempotency_key: str | None = None, **envelope: Any
+    ) -> Merge:
+        """As ``Client.merge_point``."""
+        return await self._run(self._calls.merge_point(sweep_id, point, idempotency_key, envelope))
+
+    async def submit_evaluation(
+        self,
+        model: str,
+        tasks: Sequence[Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+        **envelope: Any,
+    ) -> Evaluation:
+        """As ``Client.submit_evaluation``."""
+        return await self._run(self._calls.submit_evaluation(model, tasks, idempotency_key, envelope))
+
+    async def get_evaluation(self, evaluation_id: str) -> Evaluation:
+        """As ``Client.get_evaluation``."""
+        found: Evaluation = await self._run(self._calls.scoring(evaluation_id))
+        return found
+
+    async def wait_evaluation(
+        self, evaluation_id: str, on_update: Callable[[Evaluation], None] | None = None, timeout: float | None = None
+    ) -> Evaluation:
+        """As ``Client.wait_evaluation``."""
+        found: Evaluation = await self._run(self._calls.wait(evaluation_id, on_update, timeout))
+        return found
+
+    async def cancel_evaluation(self, evaluation_id: str) -> Evaluation:
+        """As ``Client.cancel_evaluation``."""
+        found: Evaluation = await self._run(self._calls.cancel(evaluation_id))
+        return found
 
     # ── taking steps ─────────────────────────────────────────────────────────────────────────────
 

@@ -23,6 +23,7 @@ from mergeyard.answers import (
     Alias,
     AliasList,
     AliasSummary,
+    Evaluation,
     Event,
     EventPage,
     FileList,
@@ -32,6 +33,7 @@ from mergeyard.answers import (
     Progress,
     QueueList,
     SourceList,
+    Sweep,
     Upload,
     WorkerList,
 )
@@ -43,6 +45,7 @@ RETRIED_STATUSES = frozenset({429, 502, 503, 504})
 POLL_SECONDS = 1.0
 MAX_POLL_SECONDS = 5.0
 LONGEST_PAUSE = 60.0  # a rate limit counts minutes
+PLANNING_SECONDS = 300.0  # every point of a grid is planned before a sweep is accepted
 SILENCE_SECONDS = 60.0  # an event stream sends something every 15 s
 
 T = TypeVar("T")
@@ -154,17 +157,17 @@ class Calls:
             if cursor is None:
                 return
 
-    def event_page(self, merge_id: str, after: int, limit: int) -> Steps[EventPage]:
-        return self._json("GET", f"/merges/{merge_id}/events", params={"after": after, "limit": limit})
+    def event_page(self, job_id: str, after: int, limit: int) -> Steps[EventPage]:
+        return self._json("GET", f"{path_of(job_id)}/events", params={"after": after, "limit": limit})
 
-    def events(self, merge_id: str, after: int, on_progress: Callable[[Progress], None] | None) -> Steps[None]:
-        """Emits Event after Event until the merge has finished. A stream that breaks is taken up where it ended."""
+    def events(self, job_id: str, after: int, on_progress: Callable[[Progress], None] | None) -> Steps[None]:
+        """Emits Event after Event until the job has finished. A stream that breaks is taken up where it ended."""
         failures = 0
         while True:
             problem: ApiError | None = None
             headers = {"Accept": EVENT_STREAM, "Last-Event-ID": str(after)}
             try:
-                response: httpx.Response = yield Open(f"/merges/{merge_id}/events", headers)
+                response: httpx.Response = yield Open(f"{path_of(job_id)}/events", headers)
                 if response.status_code == 204:  # it has finished, and nothing is new
                     return
                 if response.headers.get("content-type", "").partition(";")[0] != EVENT_STREAM:
@@ -195,34 +198,68 @@ class Calls:
                 raise problem or ApiError("unexpected_response", 200, f"{self.url} ends its event streams at once.")
             yield Sleep(pause_before(failures))
 
-    def wait(self, merge_id: str, on_update: Callable[[Merge], None] | None, timeout: float | None) -> Steps[Merge]:
+    def wait(self, job_id: str, on_update: Callable[[Any], None] | None, timeout: float | None) -> Steps[Any]:
         """Polls as the service asks (Retry-After), and more slowly while nothing changes."""
         deadline = None if timeout is None else time.monotonic() + timeout
         etag, pause = "", 0.0
         while True:
             headers = {"If-None-Match": etag} if etag else {}
-            response = yield from self._send("GET", f"/merges/{merge_id}", headers=headers)
+            response = yield from self._send("GET", path_of(job_id), headers=headers)
             if response.status_code != 304:
                 etag, pause = response.headers.get("etag", ""), 0.0
-                merge: Merge = response.json()
+                job = response.json()
                 if on_update is not None:
-                    on_update(merge)
-                if merge["status"] in FINISHED:
-                    return merge
+                    on_update(job)
+                if job["status"] in FINISHED:
+                    return job
             asked = retry_after(response)
             pause = max(POLL_SECONDS if asked is None else asked, min(MAX_POLL_SECONDS, pause * 1.5))
             if deadline is not None and time.monotonic() + pause > deadline:
-                raise TimeoutError(f"{merge_id} has not finished after {timeout} seconds")
+                raise TimeoutError(f"{job_id} has not finished after {timeout} seconds")
             yield Sleep(pause)
 
-    def cancel(self, merge_id: str) -> Steps[Merge]:
-        return self._json("POST", f"/merges/{merge_id}/cancel")
+    def cancel(self, job_id: str) -> Steps[Any]:
+        return self._json("POST", f"{path_of(job_id)}/cancel")
 
-    def delete(self, merge_id: str) -> Steps[None]:
-        return self._delete(f"/merges/{merge_id}")
+    def delete(self, job_id: str) -> Steps[None]:
+        return self._delete(path_of(job_id))
 
     def files(self, merge_id: str) -> Steps[FileList]:
         return self._json("GET", f"/merges/{merge_id}/files")
+
+    # ── sweeps and evaluations ───────────────────────────────────────────────────────────────────
+
+    def submit_sweep(
+        self,
+        recipe: Mapping[str, Any] | str,
+        grid: Mapping[str, Sequence[Any]],
+        tasks: Sequence[Mapping[str, Any]],
+        idempotency_key: str | None,
+        envelope: Mapping[str, Any],
+    ) -> Steps[Sweep]:
+        headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
+        body = {"recipe": recipe, "grid": grid, "tasks": tasks, **envelope}
+        return self._json("POST", "/sweeps", json=body, headers=headers, timeout=PLANNING_SECONDS)
+
+    def submit_evaluation(
+        self,
+        model: str,
+        tasks: Sequence[Mapping[str, Any]],
+        idempotency_key: str | None,
+        envelope: Mapping[str, Any],
+    ) -> Steps[Evaluation]:
+        headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
+        return self._json("POST", "/evaluations", json={"model": model, "tasks": tasks, **envelope}, headers=headers)
+
+    def scoring(self, job_id: str) -> Steps[Any]:
+        return self._json("GET", path_of(job_id))
+
+    def merge_point(
+        self, sweep_id: str, point: int | None, idempotency_key: str | None, envelope: Mapping[str, Any]
+    ) -> Steps[Merge]:
+        headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
+        body = {**envelope} if point is None else {"point": point, **envelope}
+        return self._json("POST", f"/sweeps/{sweep_id}/merges", json=body, headers=headers)
 
     # ── what there is besides ────────────────────────────────────────────────────────────────────
 
@@ -285,6 +322,12 @@ class Calls:
                 asked = retry_after(response)
             yield Sleep(pause_before(attempt) if asked is None else asked)
         raise AssertionError("the last try returns or raises")
+
+
+def path_of(job_id: str) -> str:
+    """A job's path: its id says what it is."""
+    kinds = {"swp": "sweeps", "evl": "evaluations"}
+    return f"/{kinds.get(job_id.partition('-')[0], 'merges')}/{job_id}"
 
 
 def pause_before(attempt: int) -> float:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mergeyard.command import FAILED, WRONG, AsJson, fail, guarded, print_json, read_settings
+from mergeyard.command import FAILED, LOCAL, WRONG, ApiKey, AsJson, Url, fail, guarded, print_json, read_settings
 from mergeyard.evaluate import evaluate
 from mergeyard.keys import keys
 from mergeyard.sweep import sweep
@@ -54,10 +54,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; m
 OnDevice = Annotated[Device, typer.Option("--device", help="Where to calculate; auto: on a GPU where there is one.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="0: every core.")]
 MergeId = Annotated[str, typer.Argument(metavar="ID", help="The merge's id.")]
-Url = Annotated[str, typer.Option("--url", envvar="MERGEYARD_URL", help="The service.")]
-ApiKey = Annotated[str, typer.Option("--api-key", envvar="MERGEYARD_API_KEY", help="Its key, where it wants one.")]
 
-LOCAL = "http://127.0.0.1:8000"
 STDIN = "-"
 
 

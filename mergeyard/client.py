@@ -20,6 +20,7 @@ from mergeyard.answers import (
     Alias,
     AliasList,
     AliasSummary,
+    Evaluation,
     Event,
     EventPage,
     FileList,
@@ -30,6 +31,7 @@ from mergeyard.answers import (
     Progress,
     QueueList,
     SourceList,
+    Sweep,
     Upload,
     WorkerList,
 )
@@ -111,7 +113,8 @@ class Client:
     def events(
         self, merge_id: str, *, after: int = 0, on_progress: Callable[[Progress], None] | None = None
     ) -> Iterator[Event]:
-        """What happened to the merge after event ``after``, and what happens from then on, until it has finished.
+        """What happened to the merge (or, by its id, the sweep or evaluation) after event ``after``, and what happens
+        from then on, until it has finished.
 
         A stream that breaks is taken up where it ended; ApiError where that fails ``retries`` times in a row.
         """
@@ -128,14 +131,16 @@ class Client:
 
         TimeoutError after ``timeout`` seconds.
         """
-        return self._run(self._calls.wait(merge_id, on_update, timeout))
+        found: Merge = self._run(self._calls.wait(merge_id, on_update, timeout))
+        return found
 
     def cancel(self, merge_id: str) -> Merge:
         """Ask the merge to stop. Its status is then cancelled, or cancelling until its worker has let go."""
-        return self._run(self._calls.cancel(merge_id))
+        found: Merge = self._run(self._calls.cancel(merge_id))
+        return found
 
     def delete(self, merge_id: str) -> None:
-        """Delete a finished merge and its files."""
+        """Delete a finished merge and its files; or by its id a sweep or an evaluation."""
         self._run(self._calls.delete(merge_id))
 
     def files(self, merge_id: str) -> FileList:
@@ -185,6 +190,88 @@ class Client:
     def delete_alias(self, name: str) -> None:
         """Its name and history go; the merges stay."""
         self._run(self._calls.delete_alias(name))
+
+    # ── sweeps and evaluations ───────────────────────────────────────────────────────────────────
+
+    def submit_sweep(
+        self,
+        recipe: Mapping[str, Any] | str,
+        grid: Mapping[str, Sequence[Any]],
+        tasks: Sequence[Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+        **envelope: Any,
+    ) -> Sweep:
+        """Queue a sweep of ``recipe`` over ``grid``: by parameter its values. ``tasks``: each with ``file``, and
+        perhaps ``metric``, ``limit`` and ``source``, the number of the model it belongs to. ``envelope`` as in
+        ``submit``.
+        """
+        return self._run(self._calls.submit_sweep(recipe, grid, tasks, idempotency_key, envelope))
+
+    def sweep(
+        self,
+        recipe: Mapping[str, Any] | str,
+        grid: Mapping[str, Sequence[Any]],
+        tasks: Sequence[Mapping[str, Any]],
+        *,
+        on_update: Callable[[Sweep], None] | None = None,
+        timeout: float | None = None,
+        **envelope: Any,
+    ) -> Sweep:
+        """``submit_sweep``, then ``wait_sweep``: every point with its scores, and ``best``."""
+        made = self.submit_sweep(recipe, grid, tasks, **envelope)
+        return self.wait_sweep(made["id"], on_update, timeout)
+
+    def get_sweep(self, sweep_id: str) -> Sweep:
+        """The sweep as it is now."""
+        found: Sweep = self._run(self._calls.scoring(sweep_id))
+        return found
+
+    def wait_sweep(
+        self, sweep_id: str, on_update: Callable[[Sweep], None] | None = None, timeout: float | None = None
+    ) -> Sweep:
+        """As ``wait``, for a sweep."""
+        found: Sweep = self._run(self._calls.wait(sweep_id, on_update, timeout))
+        return found
+
+    def cancel_sweep(self, sweep_id: str) -> Sweep:
+        """As ``cancel``, for a sweep; what is scored by then stays."""
+        found: Sweep = self._run(self._calls.cancel(sweep_id))
+        return found
+
+    def merge_point(
+        self, sweep_id: str, point: int | None = None, *, idempotency_key: str | None = None, **envelope: Any
+    ) -> Merge:
+        """Queue the merge of a sweep's point, by its number, or of the best one. ``envelope`` as in ``submit``."""
+        return self._run(self._calls.merge_point(sweep_id, point, idempotency_key, envelope))
+
+    def submit_evaluation(
+        self,
+        model: str,
+        tasks: Sequence[Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+        **envelope: Any,
+    ) -> Evaluation:
+        """Queue the scoring of a model as it is; ``MODEL+ADAPTER`` is their merge. ``tasks`` as in ``submit_sweep``."""
+        return self._run(self._calls.submit_evaluation(model, tasks, idempotency_key, envelope))
+
+    def get_evaluation(self, evaluation_id: str) -> Evaluation:
+        """The evaluation as it is now."""
+        found: Evaluation = self._run(self._calls.scoring(evaluation_id))
+        return found
+
+    def wait_evaluation(
+        self, evaluation_id: str, on_update: Callable[[Evaluation], None] | None = None, timeout: float | None = None
+    ) -> Evaluation:
+        """As ``wait``, for an evaluation."""
+        found: Evaluation = self._run(self._calls.wait(evaluation_id, on_update, timeout))
+        return found
+
+    def cancel_evaluation(self, evaluation_id: str) -> Evaluation:
+        """As ``cancel``, for an evaluation."""
+        found: Evaluation = self._run(self._calls.cancel(evaluation_id))
+        return found
 
     # ── taking steps ─────────────────────────────────────────────────────────────────────────────
 

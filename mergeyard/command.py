@@ -21,6 +21,11 @@ FAILED, WRONG = 1, 2
 
 P = ParamSpec("P")
 
+LOCAL = "http://127.0.0.1:8000"
+
+Url = Annotated[str, typer.Option("--url", envvar="MERGEYARD_URL", help="The service.")]
+ApiKey = Annotated[str, typer.Option("--api-key", envvar="MERGEYARD_API_KEY", help="Its key, where it wants one.")]
+Submit = Annotated[bool, typer.Option("--submit", help="On the service's workers; references are the service's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for machines.")]
 
 

@@ -26,7 +26,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from app.artifacts.manifest import Manifest
-    from mergeyard.answers import Event, Merge, MergePage, MergeSummary
+    from mergeyard.answers import Evaluation, Event, Merge, MergePage, MergeSummary, Sweep
 
 STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 LONGEST_LIST = 12
@@ -104,6 +104,11 @@ class SweepBar:
 
     def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
+        self._done = 0
+
+    def next(self) -> None:
+        """A candidate is scored."""
+        self._done += 1
 
     def stage(self, name: str) -> None:
         self._bar.update(self._task, description=name)
@@ -114,11 +119,35 @@ class SweepBar:
     def scored(self, score: object) -> None:
         pass
 
-    def scoring(self, number: int, share: float) -> None:
-        self._bar.update(self._task, description="scoring", completed=number + share)
+    def scoring(self, share: float) -> None:
+        self._bar.update(self._task, description="scoring", completed=self._done + share)
 
     def check(self) -> None:
         pass
+
+
+@contextmanager
+def watching_points(count: int) -> Iterator[Callable[[Sweep | Evaluation], None]]:
+    """A bar over what is scored; where there is no terminal, a line whenever something was."""
+    if not _err().is_terminal:
+        seen = -1
+
+        def log(update: Sweep | Evaluation) -> None:
+            nonlocal seen
+            if (done := update["progress"]["points_done"]) != seen:
+                seen = done
+                note(f"{update['id']} {update['stage'] or update['status']}, {done} of {count}")
+
+        yield log
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(SpinnerColumn(), *columns, console=_err()) as bar:
+        task = bar.add_task("queued", total=count)
+        yield lambda update: bar.update(
+            task,
+            completed=update["progress"]["fraction"] * count,
+            description=update["stage"] or update["status"],
+        )
 
 
 @contextmanager
@@ -247,10 +276,10 @@ def show_succeeded(merge: Merge, directory: Path | None) -> None:
         show_scores(merge["evaluation"])
 
 
-def show_failure(merge: Merge) -> None:
-    """Why a merge did not succeed, with every problem."""
-    say(f"{merge['id']} {merge['status']}")
-    for problem in (merge["error"] or {"problems": []})["problems"]:
+def show_failure(job: Merge | Sweep | Evaluation) -> None:
+    """Why a job did not succeed, with every problem."""
+    say(f"{job['id']} {job['status']}")
+    for problem in (job["error"] or {"problems": []})["problems"]:
         where = f" at {problem['where']}" if problem["where"] else ""
         note(f"{problem['code']}{where}: {problem['message']}", style="red")
 

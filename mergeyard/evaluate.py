@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergeyard.command import AsJson, guarded, print_json, read_settings
+from mergeyard.command import LOCAL, ApiKey, AsJson, Submit, Url, guarded, print_json, read_settings
 
 if TYPE_CHECKING:
     from app.planning.plan import PlannedTask
@@ -40,14 +40,26 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=8192, help="The longest answer that is written.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: AsJson = False,
+    submit: Submit = False,
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
 ) -> None:
-    """Score a model on task files (JSONL). References may be plain paths."""
+    """Score a model on task files (JSONL), here or on the service's workers. References may be plain paths; with
+    --submit task files alone may, which are uploaded.
+    """
     from mergeyard import display, local
 
     if device not in DEVICES:
         raise typer.BadParameter(f"{device!r} is none of {', '.join(DEVICES)}", param_hint="--device")
     given = {"limit": limit, "max_new_tokens": max_new_tokens}
     entries = [task_entry(text, default="exact_match", **given) for text in tasks]
+    if submit:
+        from mergeyard.client import Client
+        from mergeyard.remote import evaluate_there
+
+        sent = [entry.model_dump(exclude_none=True) for entry in entries]
+        evaluate_there(Client(url, api_key, retries=6), model, sent, as_json=as_json)
+        return
     place = local.here(Path.cwd(), read_settings())
     with _checkpoint(model, place, device) as folder:
         planned = _planned(entries, place, folder)

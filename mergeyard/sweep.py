@@ -7,55 +7,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergeyard.command import AsJson, guarded, print_json, read_settings
+from mergeyard.command import LOCAL, ApiKey, AsJson, Submit, Url, guarded, print_json, read_settings
 
 if TYPE_CHECKING:
-    from app.sweeps.grid import Point
+    from app.planning.plan import Plan
+    from app.sweeps.planning import PlannedSweep, SweptTask
+    from app.sweeps.results import Row, Scored
+    from app.tasks.task import TaskScore
+    from mergeyard.client import Client
     from mergeyard.local import Here
-    from worker.evaluation.sweep import Candidate, Scored, SweepTask
 
-BASE = "base"
 STDIN = "-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A point with its scores by task, and of tasks whose source is known the share of that source's gain it keeps.
-
-    ``losses``: the tasks of which less is better.
-    """
-
-    settings: Mapping[str, Any]
-    scores: Mapping[str, float]
-    kept: Mapping[str, float | None]
-    losses: frozenset[str]
-
-    @property
-    def measures(self) -> Mapping[str, float]:
-        """By task, more is better: the share that is kept, or the score (of a loss its negative)."""
-        signed = {name: -score if name in self.losses else score for name, score in self.scores.items()}
-        return {name: score if (share := self.kept.get(name)) is None else share for name, score in signed.items()}
-
-    @property
-    def worth(self) -> float:
-        """What points are ordered by: the mean share kept; where no task has a source, the mean measure."""
-        return sum(self.measures.values()) / len(self.measures) if self.mean is None else self.mean
-
-    @property
-    def mean(self) -> float | None:
-        shares = [share for share in self.kept.values() if share is not None]
-        return sum(shares) / len(shares) if shares else None
-
-    @property
-    def minimum(self) -> float | None:
-        return min((share for share in self.kept.values() if share is not None), default=None)
 
 
 @guarded
@@ -81,117 +50,134 @@ def sweep(
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the scores there, PNG and SVG.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: AsJson = False,
+    submit: Submit = False,
+    url: Url = LOCAL,
+    api_key: ApiKey = "",
 ) -> None:
-    """Score a recipe at every point of a grid. No checkpoint is written: one model in memory becomes each of them."""
+    """Score a recipe at every point of a grid, here or on the service's workers (--submit).
+
+    No checkpoint is written: one model in memory becomes each of them.
+    """
+    from app.sweeps.grid import expand
+    from app.sweeps.results import best_of, rows_of
     from mergeyard import display
+    from mergeyard.client import Client
     from mergeyard.evaluate import DEVICES
 
     if device not in DEVICES:
         raise typer.BadParameter(f"{device!r} is none of {', '.join(DEVICES)}", param_hint="--device")
     if plots is not None:
         _require_matplotlib()
-    raw = _read(recipe)
-    place = _place(recipe)
-    points, candidates, asked = _prepare(raw, _axes(grid), tasks, limit, place)
-    found = _run(candidates, asked, out, device)
-    rows = _rows(points, found, asked)
-    chosen = max(range(len(rows)), key=lambda number: (rows[number].worth, -number))
+    raw, axes = _read(recipe), _axes(grid)
+    entries = [_task(text, limit, len(raw["models"])) for text in tasks]
+    if submit:
+        if out is not None:
+            raise typer.BadParameter("is for sweeps on this machine; the service keeps its scores", param_hint="--out")
+        found = _there(Client(url, api_key, retries=6), raw, axes, entries)
+    else:
+        found = _here(raw, axes, entries, _place(recipe), out, device)
+    rows = rows_of(found, [entry.source for entry in entries])
+    chosen = best_of(rows)
+    assert chosen is not None  # a grid has points
+    chosen_recipe = dict(expand(raw, axes)[chosen].recipe)
     if best is not None:
         import yaml
 
-        best.write_text(yaml.safe_dump(dict(points[chosen].recipe), sort_keys=False, allow_unicode=True))
+        best.write_text(yaml.safe_dump(chosen_recipe, sort_keys=False, allow_unicode=True))
     if plots is not None:
         from mergeyard.plots import draw
 
         draw(rows, plots)
     against = [one for one in found if one.settings is None]
     if as_json:
-        print_json(_as_json(rows, chosen, points, against))
+        print_json(_as_json(rows, chosen, chosen_recipe, against))
     else:
         display.show_sweep([_shown(row) for row in rows], chosen)
         for one in against:
             display.note(f"{one.name}: " + ", ".join(f"{score.name} {score.score:.4f}" for score in one.scores))
 
 
-def _prepare(
-    raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], tasks: Sequence[str], limit: int | None, place: Here
-) -> tuple[Sequence[Point], list[Candidate], list[SweepTask]]:
-    """The grid's points, everything that is to be scored (what points are held against first), and the tasks.
-
-    All of it is planned before anything is computed.
-    """
-    from app.planning.output import has_chat_template
-    from app.planning.planner import make_plan
-    from app.planning.tasks import read_tasks
-    from app.recipe import parse_recipe
-    from app.sweeps.grid import expand, only_source
-    from mergeyard import display, local
-    from worker.evaluation.sweep import Candidate, SweepTask
-
-    points = expand(raw, axes)
-    entries = [_task(text, limit, len(raw["models"])) for text in tasks]
-    owners = sorted({source for _, source in entries if source is not None})
-    recipes: list[tuple[str, Mapping[str, Any] | None, Mapping[str, Any]]] = [(BASE, None, only_source(raw, 0, 0.0))]
-    recipes += [(f"model {index} alone", None, only_source(raw, index)) for index in owners]
-    recipes += [(f"point {point.number}", point.settings, point.recipe) for point in points]
-    candidates = []
-    for name, settings, value in recipes:
-        plan = make_plan(parse_recipe(value), place.resolver())
-        if plan.remote:
-            with display.downloading() as on_bytes:
-                plan = local.fetch_remote(plan, place, lambda done, total: on_bytes(done, total, "sources"))
-        candidates.append(Candidate(name=name, settings=settings, plan=plan))
-    first = candidates[0].plan
-    template = has_chat_template(first.documents, first.companions, first.base.reference)
-    planned = read_tasks([entry for entry, _ in entries], place.resolver(), "--tasks", has_chat_template=template)
-    asked = [SweepTask(planned=item, source=source) for item, (_, source) in zip(planned, entries, strict=True)]
-    return points, candidates, asked
-
-
-def _run(candidates: Sequence[Candidate], tasks: Sequence[SweepTask], out: Path | None, device: str) -> list[Scored]:
+def _there(
+    client: Client, raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], tasks: Sequence[SweptTask]
+) -> list[Scored]:
+    """All that the service's workers scored, in order."""
+    from app.sweeps.results import Scored
     from app.tasks.task import TaskScore
-    from mergeyard import display
+    from mergeyard.remote import sweep_there
+
+    done = sweep_there(client, raw, axes, [task.model_dump(exclude_none=True) for task in tasks])
+    against = [(one["name"], None, one["scores"]) for one in done["against"]]
+    points = [(f"point {point['number']}", point["settings"], point["scores"]) for point in done["points"]]
+    return [
+        Scored(
+            name=name,
+            settings=settings,
+            scores=tuple(TaskScore(**score) for score in scores or ()),  # type: ignore[arg-type]
+        )
+        for name, settings, scores in (*against, *points)
+    ]
+
+
+def _here(
+    raw: Mapping[str, Any],
+    axes: Mapping[str, Sequence[Any]],
+    tasks: Sequence[SweptTask],
+    place: Here,
+    out: Path | None,
+    device: str,
+) -> list[Scored]:
+    """All that is scored on this machine, in order."""
+    from app.sweeps.planning import plan_sweep
+
+    return _scored(plan_sweep(raw, axes, tasks, place.resolver(), where="--tasks"), place, out, device)
+
+
+def _scored(sweep: PlannedSweep, place: Here, out: Path | None, device: str) -> list[Scored]:
+    """All that is scored, in order; what the file ``out`` has is not scored again, and what is new goes there."""
+    from app.sweeps.results import Scored
+    from mergeyard import display, local
     from worker.engine.kernels import load
-    from worker.evaluation.sweep import run_sweep
+    from worker.evaluation.sweep import score_points
 
-    known: dict[str, list[TaskScore]] = {}
-    if out is not None and out.exists():
-        for line in out.read_text().splitlines():
-            value = json.loads(line)
-            known[value["key"]] = [TaskScore(**score) for score in value["scores"]]
-    with display.sweeping(len(candidates)) as watch:
+    known = {} if out is None else _kept(out)
+    keys = {point.name: sweep.key_of(point) for point in sweep.points}
+    missing = [point for point in sweep.points if keys[point.name] not in known]
+    waiting = iter(missing)
+    with display.sweeping(len(missing)) as watch:
 
-        def keep(one: Scored) -> None:
+        def plans() -> Iterator[Plan]:
+            for point in missing:
+                plan = point.plan
+                if plan.remote:
+                    with display.downloading() as on_bytes:
+                        plan = local.fetch_remote(plan, place, lambda done, total: on_bytes(done, total, "sources"))
+                yield plan
+
+        def keep(scores: tuple[TaskScore, ...]) -> None:
+            point = next(waiting)
+            known[keys[point.name]] = scores
+            watch.next()
             if out is not None:
-                settings = None if one.settings is None else dict(one.settings)
-                line = {"name": one.name, "settings": settings, "key": one.key}
+                settings = None if point.settings is None else dict(point.settings)
+                line = {"name": point.name, "settings": settings, "key": keys[point.name]}
                 with out.open("a") as stream:
-                    stream.write(json.dumps({**line, "scores": [asdict(score) for score in one.scores]}) + "\n")
+                    stream.write(json.dumps({**line, "scores": [asdict(score) for score in scores]}) + "\n")
 
         kernels = load(device)  # type: ignore[arg-type]
-        return run_sweep(candidates, tasks, known=known, kernels=kernels, watch=watch, on_scored=keep)
+        score_points(plans(), sweep.tasks, kernels=kernels, watch=watch, on_scored=keep)
+    return [Scored(name=point.name, settings=point.settings, scores=known[keys[point.name]]) for point in sweep.points]
 
 
-def _rows(points: Sequence[Point], found: Sequence[Scored], tasks: Sequence[SweepTask]) -> list[Row]:
-    from app.tasks.task import LOWER_IS_BETTER
-    from worker.evaluation.sweep import kept
+def _kept(out: Path) -> dict[str, tuple[TaskScore, ...]]:
+    from app.tasks.task import TaskScore
 
-    by_name = {one.name: one.scores for one in found}
-    rows = []
-    for point in points:
-        scores = by_name[f"point {point.number}"]
-        shares = {
-            score.name: kept(score, by_name[BASE][place], by_name[f"model {task.source} alone"][place])
-            for place, (score, task) in enumerate(zip(scores, tasks, strict=True))
-            if task.source is not None
-        }
-        losses = frozenset(score.name for score in scores if score.metric in LOWER_IS_BETTER)
-        reached = {score.name: score.score for score in scores}
-        rows.append(Row(settings=point.settings, scores=reached, kept=shares, losses=losses))
-    return rows
+    if not out.exists():
+        return {}
+    lines = map(json.loads, out.read_text().splitlines())
+    return {line["key"]: tuple(TaskScore(**score) for score in line["scores"]) for line in lines}
 
 
-def _as_json(rows: Sequence[Row], chosen: int, points: Sequence[Point], against: Sequence[Scored]) -> dict[str, Any]:
+def _as_json(rows: Sequence[Row], chosen: int, recipe: Mapping[str, Any], against: Sequence[Scored]) -> dict[str, Any]:
     return {
         "points": [
             {**{"settings": dict(row.settings), "scores": dict(row.scores), "kept": dict(row.kept)},
@@ -199,7 +185,7 @@ def _as_json(rows: Sequence[Row], chosen: int, points: Sequence[Point], against:
             for row in rows
         ],
         "against": {one.name: {score.name: score.score for score in one.scores} for one in against},
-        "best": {"point": chosen, "recipe": dict(points[chosen].recipe)},
+        "best": {"point": chosen, "recipe": recipe},
     }  # fmt: skip
 
 
@@ -211,16 +197,17 @@ def _shown(row: Row) -> dict[str, str]:
     return shown
 
 
-def _task(text: str, limit: int | None, sources: int) -> tuple[Any, int | None]:
+def _task(text: str, limit: int | None, sources: int) -> SweptTask:
+    from app.sweeps.planning import SweptTask
     from mergeyard.evaluate import task_entry
 
     file, at, index = text.rpartition("@")
     if not (at and index.isascii() and index.isdigit() and len(index) < 4):
-        return task_entry(text, default="nll", limit=limit), None
-    if int(index) >= sources:
+        file, source = text, None
+    elif (source := int(index)) >= sources:
         message = f"the recipe has {sources} models, counted from 0; {text!r} names another"
         raise typer.BadParameter(message, param_hint="--tasks")
-    return task_entry(file, default="nll", limit=limit), int(index)
+    return SweptTask(**task_entry(file, default="nll", limit=limit).model_dump(), source=source)
 
 
 def _axes(texts: Sequence[str]) -> dict[str, list[Any]]:

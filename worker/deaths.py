@@ -95,7 +95,8 @@ class Undertaker:
         job = self._jobs.lose(death.job_id, worker=self._worker, process=death.pid, reason=death.reason)
         if job is not None:
             logs.of_job(log, job).warning("the merge's process died (%s): %s", death.status, job.status)
-        now = job or self._jobs.get(death.job_id)  # it may have died with the doorbell in its hand, before it claimed
+        # Without one it may have died with the doorbell in its hand, before it claimed.
+        now = job or self._jobs.get(death.job_id, kind=None)
         if now.status is Status.QUEUED and now.retry_at is None:
             self._bell.ring(now.id, now.queue, now.priority)
 

@@ -23,9 +23,10 @@ from app.recipe import parse_recipe
 from app.records.bell import Bell
 from app.records.database import Database
 from app.records.janitor import sweep
-from app.records.job import CancelRequested, Job, LeaseLost, NoRoom, Stage
+from app.records.job import CancelRequested, Job, Kind, LeaseLost, NoRoom, Stage
 from app.records.jobs import Jobs
 from app.records.owned import resolver_of
+from app.records.points import Points
 from app.records.upkeep import Upkeep
 from app.records.workers import Workers
 from app.settings import Settings
@@ -33,6 +34,7 @@ from app.sources.buckets import Buckets
 from app.sources.fetching.stored import from_store
 from app.sources.fetching.transfer import Transfer
 from app.sources.hub.hub import Hub, HubSettings
+from app.sources.resolver import Resolver
 from app.sources.source import RemoteFile
 from app.tasks.task import TaskScore
 from worker.engine.digests import DigestCache
@@ -40,6 +42,7 @@ from worker.engine.kernels import Kernels, load, warm_up
 from worker.engine.run import build_manifest, run_merge, write_manifest
 from worker.evaluation.evaluate import evaluator
 from worker.lease import Lease, Stopping, StopRequest
+from worker.points import Scoring
 from worker.sink import StoreSink
 
 log = logging.getLogger("mergeyard.job")
@@ -146,8 +149,12 @@ def _attempt(place: Workplace, job: Job, lease: Lease, line: logging.LoggerAdapt
     jobs, token = place.jobs, lease.token
     try:
         try:
-            artifact, key = _merge(place, job, lease)
-            lease.persist(lambda: jobs.publish(job.id, token, artifact, reuse_key=key))
+            if job.kind is Kind.MERGE:
+                artifact, key = _merge(place, job, lease)
+                lease.persist(lambda: jobs.publish(job.id, token, artifact, reuse_key=key))
+            else:
+                _scoring(place, job, lease).run(job, lease)
+                lease.persist(lambda: jobs.conclude(job.id, token))
             return Ending.PUBLISHED
         except CancelRequested:
             lease.persist(lambda: jobs.confirm_cancelled(job.id, token))
@@ -199,6 +206,20 @@ def _merge(place: Workplace, job: Job, lease: Lease) -> tuple[Mapping[str, Any],
     return artifact_row(manifest, files, output.evaluation), key if _reusable(plan, key, job, files) else None
 
 
+def _scoring(place: Workplace, job: Job, lease: Lease) -> Scoring:
+    return Scoring(
+        points=Points(place.jobs.database),
+        resolver=lambda: _resolver(place, job),
+        fetch=lambda plan: _transfer(place, plan.remote).run(lambda *_: None, lease.check),
+        kernels=place.kernels,
+        threads=place.settings.threads,
+    )
+
+
+def _resolver(place: Workplace, job: Job) -> Resolver:
+    return resolver_of(job.owner, settings=place.settings, jobs=place.jobs, store=place.store, hub=place.hub)
+
+
 def _transfer(place: Workplace, remote: Sequence[RemoteFile]) -> Transfer:
     """What brings those files here that are where the first one is."""
     origin = remote[0].origin
@@ -224,8 +245,7 @@ def _reusable(plan: Plan, key: str | None, job: Job, files: Sequence[StoredFile]
 
 def _plan_again(place: Workplace, job: Job) -> Plan:
     """The plan, made from the files as they are now. Raises ``source_changed`` unless it is the submitted one."""
-    resolver = resolver_of(job.owner, settings=place.settings, jobs=place.jobs, store=place.store, hub=place.hub)
-    plan = make_plan(parse_recipe(job.resolved), resolver)
+    plan = make_plan(parse_recipe(job.resolved), _resolver(place, job))
     if plan.digest != job.plan_digest:
         raise MergeyardError(
             "source_changed",

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.callers import Merging, Reading
-from app.api.merges import Problem
+from app.api.jobs import Problem
 from app.api.schemas import Document
 from app.api.service import Serving
 from app.errors import MergeyardError

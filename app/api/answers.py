@@ -15,9 +15,9 @@ def header(schema_type: str, description: str, *, required: bool = False) -> Des
 
 
 ETAG = header("string", "Names this version; for If-None-Match", required=True)
-POLL_AFTER = header("integer", "Seconds until asking again is worth it; absent once the merge has finished")
-MERGE_HEADERS = {"ETag": ETAG, "Retry-After": POLL_AFTER}
-LOCATION = header("string", "The merge's own address", required=True)
+POLL_AFTER = header("integer", "Seconds until asking again is worth it; absent once it has finished")
+JOB_HEADERS = {"ETag": ETAG, "Retry-After": POLL_AFTER}
+LOCATION = header("string", "Its own address", required=True)
 NEXT_PAGE = header("string", '`<…>; rel="next"` where there is a next page')
 SET_COOKIE = header("string", "The session: HttpOnly, SameSite=Strict, over https Secure", required=True)
 CHALLENGE = header("string", "RFC 6750: the scope that is missing, or what is wrong with the key")
@@ -53,6 +53,14 @@ ASKED_OF_DOWNLOADS = {
 OF_A_MERGE = ("get_merge", "events", "cancel", "delete", "list_files", "archive", "head_archive", "merge_webhooks")
 
 
+OF_A_SWEEP = ("get_sweep", "sweep_events", "cancel_sweep", "delete_sweep", "sweep_webhooks", "merge_of_sweep")
+OF_AN_EVALUATION = (
+    "get_evaluation",
+    "evaluation_events",
+    "cancel_evaluation",
+    "delete_evaluation",
+    "evaluation_webhooks",
+)
 OF_A_FILE = ("download", "head_download")
 
 
@@ -65,5 +73,7 @@ FROM_A_MERGE = {
     **links(OF_A_MERGE, id="$response.body#/id"),
     **links(OF_A_FILE, id="$response.body#/id", path=MANIFEST_NAME),
 }
+FROM_A_SWEEP = links(OF_A_SWEEP, id="$response.body#/id")
+FROM_AN_EVALUATION = links(OF_AN_EVALUATION, id="$response.body#/id")
 FROM_FILES = links(OF_A_FILE, id="$request.path.id", path="$response.body#/items/0/name")
 FROM_EVENTS = links(("events",), id="$request.path.id", after="$response.body#/after")

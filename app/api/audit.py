@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from app.api.callers import Administering
-from app.api.merges import Problem
+from app.api.jobs import Problem
 from app.api.schemas import Document
 from app.api.service import Serving
 from app.records.key import AuditEntry

@@ -1,10 +1,10 @@
-"""What POST /merges takes: a recipe in its envelope (JSON), or a bare recipe (YAML)."""
+"""What is submitted: a recipe in its envelope (JSON), or bare (YAML); and of every kind of job how to run it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Depends, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -43,12 +43,11 @@ def _spelled_out(value: Any) -> Any:
 Webhook = Annotated[WebhookRequest, BeforeValidator(_spelled_out, json_schema_input_type=WebhookRequest | str)]
 
 
-class Envelope(BaseModel):
-    """A recipe and how to run it."""
+class Running(BaseModel):
+    """How to run a job, and who is told."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    recipe: dict[str, Any] | str = Field(description="The recipe as an object, or as YAML text")
     queue: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="Which workers may take it")
     priority: int = Field(0, ge=-100, le=100, description="Higher goes first among those that wait in one queue")
     labels: dict[Annotated[str, Field(min_length=1, max_length=100)], Label] = Field(
@@ -58,13 +57,29 @@ class Envelope(BaseModel):
         None,
         ge=1,
         le=LONGEST_LIFE,
-        description="Seconds after its success until the merge is deleted; without it MERGEYARD_RETENTION_SECONDS",
+        description="Seconds after its success until it is deleted; without it MERGEYARD_RETENTION_SECONDS",
     )
-    pinned: bool = Field(False, description="Keep the merge until somebody deletes it, whatever `expires_in` says")
+    pinned: bool = Field(False, description="Keep it until somebody deletes it, whatever `expires_in` says")
     webhook: Webhook | None = Field(
-        None, description="Who is told when the merge has ended: a URL, or with it the ends that it is told of"
+        None, description="Who is told when it has ended: a URL, or with it the ends that it is told of"
     )
+
+    def canonical(self) -> dict[str, Any]:
+        """The same value for requests that mean the same."""
+        rest = self.model_dump(mode="json", exclude={"webhook"}, exclude_none=True)
+        if self.webhook is not None:  # else as before there were webhooks: keys outlive an upgrade
+            rest["webhook"] = self.webhook.model_dump(mode="json")
+        return rest
+
+
+class Envelope(Running):
+    """A recipe and how to run it."""
+
+    recipe: dict[str, Any] | str = Field(description="The recipe as an object, or as YAML text")
     force: bool = Field(False, description="Merge again even where you have an equal result")
+
+
+AnyRunning = TypeVar("AnyRunning", bound=Running)
 
 
 class Submission(BaseModel):
@@ -77,11 +92,8 @@ class Submission(BaseModel):
 
     def canonical(self) -> bytes:
         """The same bytes for requests that mean the same: what an Idempotency-Key is compared by."""
-        rest = self.envelope.model_dump(mode="json", exclude={"recipe", "webhook"}, exclude_none=True)
-        if self.envelope.webhook is not None:  # else as before there were webhooks: keys outlive an upgrade
-            rest["webhook"] = self.envelope.webhook.model_dump(mode="json")
-        value = {"recipe": submitted(self.recipe), **rest}
-        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+        rest = {name: value for name, value in self.envelope.canonical().items() if name != "recipe"}
+        return canonical({"recipe": submitted(self.recipe), **rest})
 
 
 async def body_of(request: Request) -> tuple[str, bytes]:
@@ -97,6 +109,17 @@ async def body_of(request: Request) -> tuple[str, bytes]:
 Body = Annotated[tuple[str, bytes], Depends(body_of)]
 
 
+async def json_of(request: Request) -> bytes:
+    """The body of what takes JSON alone. Raises `unsupported_media_type`."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type not in JSON_TYPES:
+        raise MergeyardError("unsupported_media_type", "Send a JSON object, as application/json.")
+    return await request.body()
+
+
+JsonBody = Annotated[bytes, Depends(json_of)]
+
+
 def read_submission(media_type: str, body: bytes, hosts: Allowed) -> Submission:
     """Parse an envelope and the recipe in it. ``hosts``: those that a webhook may name.
 
@@ -106,30 +129,64 @@ def read_submission(media_type: str, body: bytes, hosts: Allowed) -> Submission:
     """
     if media_type in YAML_TYPES:
         return Submission(envelope=Envelope(recipe=""), recipe=_recipe(body))
-    raw = _load(body)
-    problems = _envelope_problems(raw)
+    raw = load(body)
+    problems = _recipe_is_there(raw)
     recipe: Recipe | None = None
     if isinstance(raw.get("recipe"), dict | str):
         try:
             recipe = _recipe(raw["recipe"])
         except MergeyardError as error:
             problems.extend(error.problems)
-    envelope: Envelope | None = None
-    try:
-        envelope = Envelope.model_validate({key: value for key, value in raw.items() if key in Envelope.model_fields})
-        problems.extend(_unstorable(envelope.labels, "labels"))
-        if envelope.webhook is not None and (refusal := hosts.refusal(envelope.webhook.url)):
-            problems.append(Problem(code="webhook_refused", message=f"{refusal}.", where="webhook.url"))
-    except ValidationError as error:
-        problems.extend(
-            Problem(code="request_invalid", message=f"{found['msg']}.", where=place(found["loc"]))
-            for found in error.errors()
-            if found["loc"][:1] != ("recipe",)
-        )
+    envelope, wrong = read_running(Envelope, raw, hosts, within=("recipe",))
+    problems.extend(wrong)
     if problems:
         raise MergeyardError.of(problems)
     assert recipe is not None and envelope is not None
     return Submission(envelope=envelope, recipe=recipe)
+
+
+def read_running(
+    model: type[AnyRunning], raw: Mapping[str, Any], hosts: Allowed, *, within: tuple[str, ...] = ()
+) -> tuple[AnyRunning | None, list[Problem]]:
+    """How to run a job, or everything that is wrong with that. What is ``within`` these keys somebody else judges."""
+    problems = [
+        unknown_key(key[:100], model.model_fields, key[:100])
+        for key in raw
+        if key not in model.model_fields and all(name in raw for name in within)
+    ]
+    found: AnyRunning | None = None
+    try:
+        found = model.model_validate({key: value for key, value in raw.items() if key in model.model_fields})
+        problems.extend(unstorable(found.labels, "labels"))
+        if found.webhook is not None and (refusal := hosts.refusal(found.webhook.url)):
+            problems.append(Problem(code="webhook_refused", message=f"{refusal}.", where="webhook.url"))
+    except ValidationError as error:
+        problems.extend(
+            Problem(code="request_invalid", message=f"{wrong['msg']}.", where=place(wrong["loc"]))
+            for wrong in error.errors()
+            if wrong["loc"][:1] not in {(name,) for name in within}
+        )
+    return found, problems
+
+
+def read_json(model: type[AnyRunning], body: bytes, hosts: Allowed, *, within: tuple[str, ...] = ()) -> AnyRunning:
+    """A request that is JSON alone; ``within`` may name ``recipe``, which is checked for being one, and not parsed.
+
+    Raises MergeyardError as ``read_submission`` does.
+    """
+    raw = load(body)
+    problems = _recipe_is_there(raw) if within else []
+    found, wrong = read_running(model, raw, hosts, within=within)
+    problems.extend(wrong)
+    problems.extend(problem for name, value in raw.items() if name != "labels" for problem in unstorable(value, name))
+    if problems or found is None:
+        raise MergeyardError.of(problems)
+    return found
+
+
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """The same bytes for equal values: what an Idempotency-Key is compared by."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def submitted(recipe: Recipe) -> dict[str, Any]:
@@ -137,22 +194,19 @@ def submitted(recipe: Recipe) -> dict[str, Any]:
     return recipe.as_sent()
 
 
-def _load(body: bytes) -> dict[str, Any]:
+def load(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises `request_invalid`."""
     try:
         raw = strict_json.loads(body)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise MergeyardError("request_invalid", f"The body is not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(raw, dict):
-        raise MergeyardError("request_invalid", "The body must be a JSON object with a `recipe`.")
+        raise MergeyardError("request_invalid", "The body must be a JSON object.")
     return raw
 
 
-def _envelope_problems(raw: Mapping[str, Any]) -> list[Problem]:
-    """Keys that do not exist, and a missing recipe."""
+def _recipe_is_there(raw: Mapping[str, Any]) -> list[Problem]:
     problems = []
-    for key in raw:
-        if key not in Envelope.model_fields and "recipe" in raw:
-            problems.append(unknown_key(key[:100], Envelope.model_fields, key[:100]))
     if not isinstance(raw.get("recipe"), dict | str):
         message = "`recipe` is missing: the recipe goes under `recipe`, as an object or as YAML text."
         if "merge_method" in raw or "models" in raw:
@@ -163,12 +217,12 @@ def _envelope_problems(raw: Mapping[str, Any]) -> list[Problem]:
 
 def _recipe(source: bytes | str | Mapping[str, Any]) -> Recipe:
     recipe = parse_recipe(source)
-    if problems := list(_unstorable(submitted(recipe), "")):
+    if problems := list(unstorable(submitted(recipe), "")):
         raise MergeyardError.of(problems)
     return recipe
 
 
-def _unstorable(value: Any, where: str) -> Iterator[Problem]:
+def unstorable(value: Any, where: str) -> Iterator[Problem]:
     """Text that JSON and YAML can spell and PostgreSQL cannot keep: NUL characters and halves of surrogate pairs."""
     if isinstance(value, str):
         if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
@@ -177,10 +231,10 @@ def _unstorable(value: Any, where: str) -> Iterator[Problem]:
     elif isinstance(value, Mapping):
         for key, item in value.items():
             inner = f"{where}.{key}" if where else str(key)
-            if any(True for _ in _unstorable(str(key), where)):
-                yield from _unstorable(str(key), where)
+            if any(True for _ in unstorable(str(key), where)):
+                yield from unstorable(str(key), where)
             else:
-                yield from _unstorable(item, inner)
+                yield from unstorable(item, inner)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _unstorable(item, f"{where}[{index}]")
+            yield from unstorable(item, f"{where}[{index}]")

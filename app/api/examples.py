@@ -32,6 +32,25 @@ SUBMISSION: dict[str, Any] = {"recipe": RECIPE, "labels": {"team": "search"}}
 TEXT_SUBMISSION: dict[str, Any] = {"recipe": RECIPE_YAML, "queue": "default", "priority": 10}
 
 
+TASK: dict[str, Any] = {"file": "models:tasks/sql.jsonl", "metric": "nll"}
+
+SWEEP: dict[str, Any] = {
+    "recipe": RECIPE,
+    "grid": {"density": [0.3, 0.6], "lambda": [0.5, 1.0]},
+    "tasks": [{**TASK, "source": 0}],
+}
+
+EVALUATION: dict[str, Any] = {"model": "models:smollm2-135m-instruct+models:adapters/sql", "tasks": [TASK]}
+
+
+def json_body(schema: dict[str, Any], summary: str, example: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI request body of an endpoint that takes JSON alone."""
+    examples = {"example": {"summary": summary, "value": example}}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema, "examples": examples}}}
+    }
+
+
 def submission_body(schema: dict[str, Any]) -> dict[str, Any]:
     """The OpenAPI request body of the endpoints that take a recipe; ``schema`` is the envelope's."""
     return {

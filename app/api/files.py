@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from app.api.answers import ASKED_OF_DOWNLOADS, DIGEST, DOWNLOAD_HEADERS, ETAG, FROM_FILES, RANGE_HEADERS
 from app.api.archive import tar_segments
 from app.api.callers import Reading
-from app.api.merges import Id, Problem
+from app.api.jobs import Id, Problem
 from app.api.schemas import FileList
 from app.api.service import Service, Serving
 from app.api.transfer import HandedOver, Segment, Stored, Transfer, serve

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 import app
-from app.api.merges import Problem
+from app.api.jobs import Problem
 from app.api.schemas import Health, Readiness
 from app.api.service import Serving
 from app.errors import MergeyardError

@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from app.api.answers import ASKED_OF_DOWNLOADS
 from app.api.callers import Reading
 from app.api.files import FILE, send_file
-from app.api.merges import Problem
+from app.api.jobs import Problem
 from app.api.schemas import Document
 from app.api.service import Service, Serving
 from app.artifacts.manifest import StoredFile, commit_of

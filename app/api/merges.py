@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Collection
 from typing import Annotated, Any
-from urllib.parse import urlencode
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter, Query, Request, Response
 
-from app.api.answers import FROM_A_MERGE, FROM_EVENTS, LOCATION, MERGE_HEADERS, NEXT_PAGE
+from app.api.answers import FROM_A_MERGE, FROM_EVENTS, JOB_HEADERS, LOCATION, NEXT_PAGE
 from app.api.callers import Merging, Reading
 from app.api.envelope import Body, Envelope, Submission, read_submission, submitted
-from app.api.eventstream import MEDIA_TYPE, PAGE, EventStream, wants_stream
+from app.api.eventstream import MEDIA_TYPE
 from app.api.examples import submission_body
-from app.api.limits import network
-from app.api.ranges import none_match
+from app.api.jobs import (
+    After,
+    Asked,
+    Id,
+    IdempotencyKey,
+    IfNoneMatch,
+    LastEventId,
+    Limit,
+    Problem,
+    describe,
+    events_of,
+    idempotency,
+    link_next,
+    queue,
+    unchanged,
+)
 from app.api.schemas import (
     EventPage,
     Merge,
-    MergeEvent,
     MergePage,
     MergePlan,
     MergeSummary,
-    ProblemDocument,
     estimates,
     merge_url,
 )
 from app.api.service import Service, Serving
-from app.errors import MergeyardError
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
 from app.planning.reuse import reuse_key
-from app.records.following import Standing
-from app.records.job import Idempotency, Job, NewJob, Status
+from app.records.job import Job, Kind, NewJob, Status
 from app.records.key import Caller
 from app.settings import Settings
-
-POLL_SECONDS = 1  # Retry-After of an unfinished merge; a worker writes its progress at most twice a second
-KEY = re.compile(r"[\x21-\x7e]{1,255}")
-
-Id = Annotated[str, Path(pattern=r"^[\w.-]{1,96}$", description="The id that POST /merges answered with")]
-Problem = {"model": ProblemDocument}
 
 router = APIRouter(prefix="/merges", tags=["merges"])
 
@@ -55,7 +55,7 @@ router = APIRouter(prefix="/merges", tags=["merges"])
     response_model=Merge,
     summary="Submit a merge",
     responses={
-        202: {"headers": {**MERGE_HEADERS, "Location": LOCATION}, "links": FROM_A_MERGE},
+        202: {"headers": {**JOB_HEADERS, "Location": LOCATION}, "links": FROM_A_MERGE},
         413: Problem,
         415: Problem,
         422: Problem,
@@ -70,9 +70,7 @@ async def submit(
     body: Body,
     serving: Serving,
     response: Response,
-    idempotency_key: Annotated[
-        str | None, Header(description="Makes a retry safe: the same key and request give the same merge")
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Merge:
     """Check the recipe against the real files and queue it. Everything wrong with it is answered at once (422), with
     places; what is accepted (202) reaches exactly one of succeeded, failed, cancelled. Where you have a result of the
@@ -80,7 +78,7 @@ async def submit(
     """
     job = await accept(serving, caller, body, idempotency_key)
     response.headers["Location"] = merge_url(job.id)
-    _describe(response, job)
+    describe(response, job)
     return Merge.of(job)
 
 
@@ -115,10 +113,7 @@ def list_merges(
 ) -> MergePage:
     """Your own, newest first; an admin's key sees every owner's. `Link: rel="next"` leads to the next page."""
     page = serving.jobs.list(status=status, method=method, limit=limit, cursor=cursor, by=caller)
-    if page.next_cursor:
-        kept = [(key, value) for key, value in request.query_params.multi_items() if key != "cursor"]
-        query = urlencode([*kept, ("cursor", page.next_cursor)])
-        response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
+    link_next(request, response, page)
     return MergePage(items=[MergeSummary.listed(job) for job in page.jobs], next_cursor=page.next_cursor)
 
 
@@ -127,8 +122,8 @@ def list_merges(
     response_model=Merge,
     summary="Look at a merge",
     responses={
-        200: {"headers": MERGE_HEADERS, "links": FROM_A_MERGE},
-        304: {"description": "Nothing changed since that ETag", "headers": MERGE_HEADERS},
+        200: {"headers": JOB_HEADERS, "links": FROM_A_MERGE},
+        304: {"description": "Nothing changed since that ETag", "headers": JOB_HEADERS},
         404: Problem,
     },
 )
@@ -137,16 +132,11 @@ def get_merge(
     id: Id,
     serving: Serving,
     response: Response,
-    if_none_match: Annotated[str | None, Header(description="The ETag seen last: 304 while nothing changed")] = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Any:
     """Poll this. `Retry-After` says when it is worth asking again; it is absent once the merge has finished."""
     job = serving.jobs.get(id, by=caller)
-    if none_match(if_none_match, _etag(job)):
-        unchanged = Response(status_code=304)
-        _describe(unchanged, job)
-        return unchanged
-    _describe(response, job)
-    return Merge.of(job)
+    return unchanged(response, job, if_none_match) or Merge.of(job)
 
 
 EVENTS: dict[int | str, dict[str, Any]] = {
@@ -174,21 +164,15 @@ def events(
     request: Request,
     response: Response,
     serving: Serving,
-    after: Annotated[int, Query(ge=0, lt=1 << 62, description="Only events with a greater id")] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Of a page; a stream has no end but the merge's")] = 200,
-    last_event_id: Annotated[
-        int | None, Header(ge=0, lt=1 << 62, description="As `after`, and before it: what an EventSource sends")
-    ] = None,
+    after: After = 0,
+    limit: Limit = 200,
+    last_event_id: LastEventId = None,
 ) -> Any:
     """Append-only, in order. Ask again with `after` to see what is new, or follow: with `Accept: text/event-stream`
     events are sent as they happen (server-sent events), with progress between them, until the merge has ended.
     """
     after = after if last_event_id is None else last_event_id
-    if wants_stream(request.headers.get("accept", "")):
-        return _stream(caller, id, request, serving, after)
-    response.headers["Vary"] = "Accept"
-    found = serving.jobs.events(id, after=after, limit=limit, by=caller)
-    return EventPage(items=[MergeEvent.of(event) for event in found], after=found[-1].id if found else after)
+    return events_of(serving, caller, id, Kind.MERGE, request, response, after=after, limit=limit)
 
 
 @router.post(
@@ -196,12 +180,12 @@ def events(
     status_code=202,
     response_model=Merge,
     summary="Cancel a merge",
-    responses={202: {"headers": MERGE_HEADERS, "links": FROM_A_MERGE}, 404: Problem, 409: Problem},
+    responses={202: {"headers": JOB_HEADERS, "links": FROM_A_MERGE}, 404: Problem, 409: Problem},
 )
 def cancel(caller: Merging, id: Id, serving: Serving, response: Response) -> Merge:
     """Idempotent. A running merge stops at the next tile; one that already succeeded or failed is a 409."""
     job = serving.jobs.request_cancel(id, by=caller)
-    _describe(response, job)
+    describe(response, job)
     return Merge.of(job)
 
 
@@ -230,8 +214,7 @@ async def accept(serving: Service, caller: Caller, body: tuple[str, bytes], key:
 
     Raises MergeyardError with every problem.
     """
-    asked = await serving.planning.take(lambda: _asked(serving, caller, body, key))
-    return asked if isinstance(asked, Job) else await run_in_threadpool(_queue, serving, caller, *asked)
+    return await queue(serving, caller, lambda: _asked(serving, caller, body, key))
 
 
 async def rerun(serving: Service, caller: Caller, job: Job, *, force: bool) -> Job:
@@ -243,59 +226,21 @@ async def rerun(serving: Service, caller: Caller, job: Job, *, force: bool) -> J
     return await accept(serving, caller, ("application/json", json.dumps(envelope).encode()))
 
 
-def _stream(caller: Caller, job_id: str, request: Request, serving: Service, after: int) -> Response:
-    job = serving.jobs.get(job_id, by=caller)  # before the events: whatever it says of the merge's end is in them
-    first = serving.jobs.events(job_id, after=after, limit=PAGE)
-    if job.status.finished and not first:
-        return Response(status_code=204)
-    address = request.client.host if request.client else None
-    return EventStream(
-        serving.streams,
-        job_id,
-        who=caller.key_id or network(address),
-        after=after,
-        standing=Standing.of(job),
-        first=first,
-        read_on=lambda number: serving.jobs.events(job_id, after=number, limit=PAGE),
-        limiter=request.app.state.catch_up_limiter,
-    )
-
-
-def _asked(
-    serving: Service, caller: Caller, body: tuple[str, bytes], key: str | None
-) -> Job | tuple[NewJob, Idempotency | None, str | None]:
+def _asked(serving: Service, caller: Caller, body: tuple[str, bytes], key: str | None) -> Asked:
     """The job to submit, its key and the artifact that it may reuse; or the job that the Idempotency-Key has made.
 
     That is looked up before planning: a retry must find its merge even where the files have changed or gone since.
     """
     submission = read_submission(*body, serving.webhook_hosts)
-    idempotency = _idempotency(caller.owner, key, submission)
-    earlier = serving.jobs.earlier(idempotency) if idempotency else None
+    made_by = idempotency(caller.owner, key, submission.canonical())
+    earlier = serving.jobs.earlier(made_by) if made_by else None
     if earlier is not None:
         return earlier
     merges: set[str] = set()
     plan = make_plan(submission.recipe, serving.resolver(caller.owner, merges))
     new = _new_job(submission, plan, caller.owner, serving.settings, merges)
     reuse = None if submission.envelope.force else serving.reusable(new)
-    return new, idempotency, reuse
-
-
-def _queue(serving: Service, caller: Caller, new: NewJob, idempotency: Idempotency | None, reuse: str | None) -> Job:
-    limits = serving.limits_of(caller)
-    job, created = serving.jobs.submit(new, idempotency=idempotency, reuse=reuse, by=caller, limits=limits)
-    if created and not job.status.finished:
-        serving.ring(job)
-    return job
-
-
-def _idempotency(owner: str, key: str | None, submission: Submission) -> Idempotency | None:
-    if key is None:
-        return None
-    if not KEY.fullmatch(key):
-        message = "An Idempotency-Key is 1 to 255 printable ASCII characters without spaces."
-        raise MergeyardError("request_invalid", message, where="header.Idempotency-Key")
-    request_hash = hashlib.sha256(submission.canonical()).hexdigest()
-    return Idempotency(owner=owner, key=key, request_hash=request_hash)
+    return new, made_by, reuse
 
 
 def _new_job(submission: Submission, plan: Plan, owner: str, settings: Settings, merges: Collection[str]) -> NewJob:
@@ -320,14 +265,3 @@ def _new_job(submission: Submission, plan: Plan, owner: str, settings: Settings,
         merges=merges,
         reuse_key=reuse_key(plan),
     )
-
-
-def _describe(response: Response, job: Job) -> None:
-    response.headers["ETag"] = _etag(job)
-    response.headers["Cache-Control"] = "private, no-cache"
-    if not job.status.finished:
-        response.headers["Retry-After"] = str(POLL_SECONDS)
-
-
-def _etag(job: Job) -> str:
-    return f'W/"{job.version}"'

@@ -423,7 +423,7 @@ def _summary(job: Listed) -> dict[str, Any]:
             bytes_total=job.total_bytes,
             fraction=done / job.total_bytes if job.total_bytes else 0.0,
         ),
-        "error": _failure(job.error),
+        "error": failure_of(job.error),
         "artifact": _artifact(job.artifact),
         "reused": job.reused,
         "pinned": job.pinned,
@@ -443,7 +443,8 @@ def _summary(job: Listed) -> dict[str, Any]:
     }
 
 
-def _failure(error: Mapping[str, Any] | None) -> Failure | None:
+def failure_of(error: Mapping[str, Any] | None) -> Failure | None:
+    """Why a job failed, as its row has it."""
     if error is None:
         return None
     return Failure(

@@ -30,6 +30,7 @@ from app.records.jobs import Jobs
 from app.records.key import Caller
 from app.records.keys import Keys
 from app.records.owned import OwnedUploads, resolver_of
+from app.records.points import Points
 from app.records.published import artifact_files
 from app.records.queues import Queues
 from app.records.quotas import Limits, Quotas
@@ -53,6 +54,7 @@ class Service:
     settings: Settings
     database: Database
     jobs: Jobs
+    points: Points
     queues: Queues
     workers: Workers
     aliases: Aliases

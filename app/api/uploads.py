@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from app.api.callers import Merging
-from app.api.merges import Problem
+from app.api.jobs import Problem
 from app.api.multipart import boundary_of, file_parts
 from app.api.schemas import UploadDocument
 from app.api.service import Service, Serving

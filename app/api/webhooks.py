@@ -8,10 +8,12 @@ from fastapi import APIRouter, Response
 from pydantic import Field
 
 from app.api.callers import Merging, Reading
-from app.api.merges import Id, Problem
+from app.api.jobs import Id, Problem
 from app.api.schemas import Document
-from app.api.service import Serving
+from app.api.service import Service, Serving
 from app.records.deliveries import Delivery
+from app.records.job import Kind
+from app.records.key import Caller
 from app.records.outbox import DeliveryState
 from app.webhooks.signing import owners_secret, read_secrets
 
@@ -61,7 +63,7 @@ class DeliveryDocument(Document):
 
 
 class DeliveryList(Document):
-    """A merge's webhooks, oldest first."""
+    """A job's webhooks, oldest first."""
 
     items: list[DeliveryDocument]
 
@@ -84,4 +86,10 @@ def webhook_settings(caller: Merging, serving: Serving, response: Response) -> W
 )
 def merge_webhooks(caller: Reading, id: Id, serving: Serving) -> DeliveryList:
     """The webhooks of a merge that has ended, with every attempt. Empty before, and where it has no webhook."""
-    return DeliveryList(items=[DeliveryDocument.of(delivery) for delivery in serving.deliveries.of(id, by=caller)])
+    return deliveries_of(serving, caller, id, Kind.MERGE)
+
+
+def deliveries_of(serving: Service, caller: Caller, job_id: str, kind: Kind) -> DeliveryList:
+    """What the webhook of a job was told. `not_found` as in ``Jobs.get``."""
+    found = serving.deliveries.of(job_id, by=caller, kind=kind)
+    return DeliveryList(items=[DeliveryDocument.of(delivery) for delivery in found])

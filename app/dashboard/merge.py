@@ -10,10 +10,11 @@ from fastapi.responses import RedirectResponse
 
 from app.api.aliases import NAME
 from app.api.callers import Merging, Reading
-from app.api.merges import Id, rerun
+from app.api.jobs import Id
+from app.api.merges import rerun
 from app.api.service import Service, Serving
 from app.dashboard import shown
-from app.dashboard.frame import CSP, ROOT, page, page_router, static
+from app.dashboard.frame import CSP, PLOTLY_CSP, ROOT, page, page_router, static
 from app.dashboard.graph import HEIGHT, WIDTH
 from app.dashboard.merge_view import FIGURES, figure, merge_view
 from app.errors import MergeyardError
@@ -21,15 +22,6 @@ from app.records.job import Job
 from app.records.key import Caller
 from app.records.lineage import Relative
 
-# Styles that Plotly 4.1 sets from its script whatever it draws: nothing (its own style element, which it then fills
-# rule by rule, and the colour bar's), the heatmap image's rendering, and those of maps, which its bundle brings. No
-# others are allowed, and no scripts but ours: measured in Chromium. tests/browser fails where a version sets others.
-PLOTLY_STYLES = (
-    "'unsafe-hashes'",
-    "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='",
-    "'sha256-AR/cKIZjWPcPmBUPDA6oti9XBiTbJvz0Cro2J1VzzS8='",
-    "'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='",
-)
 RELATIONS = {  # of a source to what is made with it
     "base": "is the base of",
     "model": "is merged into",
@@ -119,7 +111,7 @@ def _page(
         caller,
         "merge.html",
         status=200 if refusal is None else refusal.status,
-        csp=CSP.replace("style-src 'self'", " ".join(("style-src 'self'", *PLOTLY_STYLES))) if view.heatmap else CSP,
+        csp=PLOTLY_CSP if view.heatmap else CSP,
         view=view,
         refusal=refusal,
         relations=RELATIONS,

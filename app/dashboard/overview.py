@@ -16,7 +16,7 @@ from app.api.service import Service, Serving
 from app.dashboard import shown
 from app.dashboard.frame import page, page_router
 from app.errors import MergeyardError
-from app.records.job import Listed, Status
+from app.records.job import Kind, Listed, Status
 from app.records.key import Caller
 from app.records.quotas import Usage
 from app.records.workers import Worker, WorkerState
@@ -30,7 +30,7 @@ router = page_router()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """A merge that somebody works on. Bytes a second since it was first claimed, None where that says nothing."""
+    """A job that somebody works on. Bytes a second since it was first claimed, None where that says nothing."""
 
     merge: Listed
     bytes_per_second: float | None
@@ -85,16 +85,16 @@ class Overview:
 @router.get("")
 def overview_page(caller: Reading, request: Request, serving: Serving) -> Response:
     """The overview of what the caller may see."""
-    names = ("size", "duration", "moment", "percent", "ago")
+    names = ("size", "duration", "moment", "percent", "ago", "address")
     functions = {name: getattr(shown, name) for name in names}
     return page(request, caller, "overview.html", view=overview(serving, caller), **functions)
 
 
 def overview(serving: Service, caller: Caller) -> Overview:
-    """Merges of the caller's alone, and of everybody's for an admin; queues, workers and disks are everybody's."""
+    """Jobs of the caller's alone, and of everybody's for an admin; queues, workers and disks are everybody's."""
     now = serving.database.now()
-    held = serving.jobs.list(status=[Status.RUNNING, Status.CANCELLING], limit=RUNNING, by=caller).jobs
-    failed = serving.jobs.list(status=Status.FAILED, limit=FAILURES, by=caller).jobs
+    held = serving.jobs.list(status=[Status.RUNNING, Status.CANCELLING], limit=RUNNING, by=caller, kind=None).jobs
+    failed = serving.jobs.list(status=Status.FAILED, limit=FAILURES, by=caller, kind=None).jobs
     every = caller.sees is None
     return Overview(
         now=now,
@@ -109,9 +109,9 @@ def overview(serving: Service, caller: Caller) -> Overview:
 
 
 def running(job: Listed, now: datetime) -> Running:
-    """A retry's bytes are not those of the time since the first attempt began: it has no speed."""
+    """A retry's bytes are not those of the time since the first attempt began: it has no speed. Neither has a sweep."""
     seconds = 0.0 if job.started_at is None else (now - job.started_at).total_seconds()
-    if job.attempt > 1 or job.progress_bytes <= 0 or seconds <= 0:
+    if job.kind is not Kind.MERGE or job.attempt > 1 or job.progress_bytes <= 0 or seconds <= 0:
         return Running(merge=job, bytes_per_second=None, seconds_left=None)
     speed = job.progress_bytes / seconds
     left = max(0, job.total_bytes - job.progress_bytes) / speed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import RedirectResponse, Response
 
-from app.dashboard import frame, listed, merge, new, overview, sign_in
+from app.dashboard import frame, listed, merge, new, overview, scored, sign_in
 from app.dashboard.frame import ROOT
 
 entrance = APIRouter(include_in_schema=False)
@@ -17,4 +17,14 @@ def front() -> Response:
     return RedirectResponse(ROOT, status_code=307)
 
 
-ROUTERS = (entrance, frame.router, sign_in.router, overview.router, listed.router, new.router, merge.router)
+ROUTERS = (
+    entrance,
+    frame.router,
+    sign_in.router,
+    overview.router,
+    listed.router,
+    new.router,
+    merge.router,
+    scored.sweeps,
+    scored.evaluations,
+)

@@ -47,6 +47,12 @@ def shortened(name: str, most: int = 27) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
+def address(job_id: str) -> str:
+    """The page of a job: its id says what it is."""
+    kinds = {"swp": "sweeps", "evl": "evaluations"}
+    return f"/ui/{kinds.get(job_id.partition('-')[0], 'merges')}/{job_id}"
+
+
 def ago(at: datetime, now: datetime) -> Markup:
     """``3 min 5 s ago``, with the time itself for machines and pointers."""
     utc = at.astimezone(UTC)

@@ -16,6 +16,7 @@ from sqlalchemy import exists, func, select, update
 
 from app.records import rows
 from app.records.database import Database, clock
+from app.records.job import Kind
 from app.records.key import Caller
 from app.records.outbox import DeliveryState
 from app.records.tables import deliveries
@@ -108,11 +109,11 @@ class Deliveries:
             age = 0.0 if since is None else max(0.0, (clock(connection) - since).total_seconds())
         return Pending(count=count, oldest_seconds=age)
 
-    def of(self, job_id: str, *, by: Caller | None = None) -> Sequence[Delivery]:
+    def of(self, job_id: str, *, by: Caller | None = None, kind: Kind = Kind.MERGE) -> Sequence[Delivery]:
         """The job's deliveries, oldest first. ``not_found`` as in ``Jobs``."""
         statement = select(deliveries).where(deliveries.c.job_id == job_id)
         with self.database.read() as connection:
-            rows.get(connection, job_id, by=by)
+            rows.get(connection, job_id, by=by, kind=kind)
             found = connection.execute(statement.order_by(deliveries.c.created_at, deliveries.c.id)).all()
         return [_read(row) for row in found]
 

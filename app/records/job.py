@@ -11,6 +11,12 @@ from typing import Any
 from app.artifacts.manifest import StoredFile
 
 
+class Kind(StrEnum):
+    MERGE = "merge"  # its result is an artifact
+    SWEEP = "sweep"  # its result are the scores of its points
+    EVALUATION = "evaluation"  # the same, of one point: a model as it is
+
+
 class Status(StrEnum):
     QUEUED = "queued"  # accepted; waits for a worker
     RUNNING = "running"  # a worker holds its lease
@@ -37,7 +43,7 @@ class Listed:
     """Of a job, what lists show. Times are the database's clock, UTC."""
 
     id: str
-    kind: str  # "merge"; later "sweep", "evaluation"
+    kind: Kind
     status: Status
     stage: Stage | None
     queue: str
@@ -48,12 +54,13 @@ class Listed:
     plan_digest: str
     attempt: int
     max_attempts: int
-    progress_bytes: int
+    progress_bytes: int  # of what is not a merge, thousandths of a point
     total_bytes: int
     error: Mapping[str, Any] | None  # {"code","title","message","where","fault","problems"}
     artifact: (
         Mapping[str, Any] | None
-    )  # {"manifest_sha256","manifest_key","size","files":[{"name","key","size","sha256"}]}, "evaluation":[TaskScore]
+    )  # {"manifest_sha256","manifest_key","size","files":[{"name","key","size","sha256"}]}, "evaluation":[TaskScore];
+    #    of what is not a merge NO_FILES
     artifact_id: str | None  # the job that made the artifact: this one, or the one whose result is reused
     pinned: bool  # it does not expire
     expires_at: datetime | None
@@ -123,11 +130,35 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NewPoint:
+    """Something that a sweep scores: a point of its grid, or (``settings`` None) what points are held against.
+
+    ``recipe`` is what somebody would write, ``resolved`` that with every reference pinned, ``plan_digest`` its plan's.
+    """
+
+    name: str
+    settings: Mapping[str, Any] | None
+    recipe: Mapping[str, Any]
+    resolved: Mapping[str, Any]
+    plan_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point(NewPoint):
+    """A row of ``points``, ``number`` from 0 in the order of scoring. ``scores``: a TaskScore a task, once made."""
+
+    number: int
+    scores: tuple[Mapping[str, Any], ...] | None
+    scored_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
     """What a submission brings; the database gives the rest. ``expires_in``: seconds after publication.
 
     ``total_bytes`` are what the merge will write, and what it reserves of the store. ``merges``: the ids of those that
-    it reads. ``reuse_key``: an artifact of the same one is the result that it would have.
+    it reads. ``reuse_key``: an artifact of the same one is the result that it would have. ``points`` are what is
+    scored, where the job is no merge.
     """
 
     recipe: Mapping[str, Any]
@@ -145,9 +176,15 @@ class NewJob:
     pinned: bool = False
     expires_in: int | None = None
     webhook: Mapping[str, Any] | None = None
-    kind: str = "merge"
+    kind: Kind = Kind.MERGE
     merges: Collection[str] = ()
     reuse_key: str | None = None
+    points: Sequence[NewPoint] = ()
+
+    @property
+    def reserves(self) -> int:
+        """Bytes of the store."""
+        return self.total_bytes if self.kind is Kind.MERGE else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +228,10 @@ class JanitorReport:
     requeued: tuple[str, ...]
     failed: tuple[str, ...]
     cancelled: tuple[str, ...]
+
+
+NO_FILES: Mapping[str, Any] = {"size": 0, "files": []}  # ``Job.artifact`` of what has scores and no artifact
+POINT_UNITS = 1000  # of ``progress_bytes`` in one point
 
 
 class LeaseLost(Exception):  # noqa: N818 — news, not an error

@@ -19,10 +19,10 @@ from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records import artifacts, audit, quotas, removal, rows, transitions
 from app.records.database import Database, clock
-from app.records.job import Beat, Event, Idempotency, Job, NewJob, NoRoom, Page, Shard, Stage, Status
+from app.records.job import Beat, Event, Idempotency, Job, Kind, NewJob, NoRoom, Page, Shard, Stage, Status
 from app.records.key import Caller
 from app.records.quotas import NO_LIMITS, Free, Limits
-from app.records.tables import events, jobs, shards
+from app.records.tables import IS_NO_MERGE, events, jobs, shards
 from app.records.transitions import Change
 from app.tasks.task import TaskScore
 
@@ -34,7 +34,7 @@ class Jobs:
     """Jobs in ``database``. An id that does not exist, or was deleted, raises MergeyardError ``not_found``.
 
     ``by`` is whoever asks: another owner's jobs are ``not_found`` too, and what they change is in the audit. None is
-    the service itself, which sees every job.
+    the service itself, which sees every job. ``kind`` is what is asked for; one of another is ``not_found``, too.
     """
 
     def __init__(self, database: Database, *, retry_seconds: float = 0.0) -> None:
@@ -95,10 +95,10 @@ class Jobs:
         with self.database.read() as connection:
             return artifacts.reusable(connection, new.owner, new.reuse_key)
 
-    def get(self, job_id: str, *, by: Caller | None = None) -> Job:
-        """The job as it is now."""
+    def get(self, job_id: str, *, by: Caller | None = None, kind: Kind | None = Kind.MERGE) -> Job:
+        """The job as it is now. ``kind`` None: of any."""
         with self.database.read() as connection:
-            return rows.get(connection, job_id, by=by)
+            return rows.get(connection, job_id, by=by, kind=kind)
 
     def list(
         self,
@@ -108,9 +108,14 @@ class Jobs:
         limit: int = 50,
         cursor: str | None = None,
         by: Caller | None = None,
+        kind: Kind | None = Kind.MERGE,
     ) -> Page:
-        """Jobs, newest first, ``limit`` a page. A bad cursor is ``request_invalid``."""
+        """Jobs, newest first, ``limit`` a page; ``kind`` None: of any. A bad cursor is ``request_invalid``."""
         conditions: Conditions = [jobs.c.deleted_at.is_(None)]
+        if kind is not None:
+            conditions.append(jobs.c.kind == kind)
+        if kind not in (None, Kind.MERGE):
+            conditions.append(IS_NO_MERGE)  # what their index says of itself
         if by is not None and by.sees is not None:
             conditions.append(jobs.c.owner == by.sees)
         if method is not None:
@@ -133,6 +138,7 @@ class Jobs:
         limit: int = 200,
         without: Collection[str] = (),
         by: Caller | None = None,
+        kind: Kind | None = Kind.MERGE,
     ) -> Sequence[Event]:
         """The job's events numbered above ``after``, oldest first, but for those of a type in ``without``."""
         statement = (
@@ -142,7 +148,7 @@ class Jobs:
             .limit(limit)
         )
         with self.database.read() as connection:
-            rows.get(connection, job_id, by=by)
+            rows.get(connection, job_id, by=by, kind=kind)
             return [Event(**row._mapping) for row in connection.execute(statement)]
 
     def shards(self, job_id: str) -> Sequence[Shard]:
@@ -159,22 +165,22 @@ class Jobs:
 
     # ── from outside ─────────────────────────────────────────────────────────────────────────────
 
-    def request_cancel(self, job_id: str, *, by: Caller | None = None) -> Job:
+    def request_cancel(self, job_id: str, *, by: Caller | None = None, kind: Kind | None = Kind.MERGE) -> Job:
         """Cancel a queued job, ask a running one to stop. Idempotent; ``conflict`` once it succeeded or failed."""
         with self.database.write() as connection:
-            job = rows.get(connection, job_id, by=by, lock=True)
+            job = rows.get(connection, job_id, by=by, lock=True, kind=kind)
             written = rows.apply(connection, job, transitions.request_cancel(job, clock(connection)))
             if written.version != job.version:
                 _record(connection, by, "cancelled", job_id)
             return written
 
-    def delete(self, job_id: str, *, by: Caller | None = None) -> Job:
+    def delete(self, job_id: str, *, by: Caller | None = None, kind: Kind | None = Kind.MERGE) -> Job:
         """Hide a finished job, else ``conflict``; ``merge_in_use`` while an alias or an unfinished job needs it.
 
         The job as it was. Its files are the caller's or the janitor's to delete, unless other jobs share them.
         """
         with self.database.write() as connection:
-            job = rows.get(connection, job_id, by=by, lock=True)
+            job = rows.get(connection, job_id, by=by, lock=True, kind=kind)
             removal.remove(connection, job, transitions.delete(job, clock(connection)), "deleted", by=by)
             return job
 
@@ -235,7 +241,7 @@ class Jobs:
     def wait_for_disk(self, job_id: str, lacking: NoRoom, *, pause: float) -> None:
         """The job stays queued, and for ``pause`` seconds nobody looks at it again."""
         with self.database.write() as connection:
-            job = rows.get(connection, job_id, lock=True)
+            job = rows.get(connection, job_id, lock=True, kind=None)
             if job.status is Status.QUEUED:
                 change = transitions.wait_for_disk(
                     job, clock(connection), needs=lacking.needs, free=lacking.free, pause=pause
@@ -297,6 +303,10 @@ class Jobs:
             published = rows.apply(connection, job, transitions.publish(job, now, artifact=artifact))
             artifacts.add(connection, published, now, reuse_key)
             return published
+
+    def conclude(self, job_id: str, token: str) -> Job:
+        """Every point is scored. CancelRequested once a cancel was accepted."""
+        return self._held(job_id, token, transitions.conclude)
 
     def fail(self, job_id: str, token: str, error: MergeyardError, *, retry: bool) -> Job:
         """The attempt failed: queued again where ``retry`` and attempts remain, else failed."""

@@ -17,7 +17,7 @@ from app.recipe import parse_recipe
 from app.recipe.roles import Named, Role, named_sources
 from app.records import rows
 from app.records.database import Database
-from app.records.job import Job
+from app.records.job import Job, Kind
 from app.records.key import Caller
 from app.records.tables import aliases, jobs, merge_sources
 
@@ -157,7 +157,12 @@ def _descendants(connection: Connection, found: _Found, job: Job) -> None:
         statement = (
             select(jobs)
             .join(merge_sources, merge_sources.c.job_id == jobs.c.id)
-            .where(merge_sources.c.merge.in_(generation), jobs.c.owner == found.owner, jobs.c.deleted_at.is_(None))
+            .where(
+                merge_sources.c.merge.in_(generation),
+                jobs.c.owner == found.owner,
+                jobs.c.kind == Kind.MERGE,
+                jobs.c.deleted_at.is_(None),
+            )
             .order_by(jobs.c.created_at, jobs.c.id)
             .limit(MOST + 1)
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert
 
-from app.records.job import Job
+from app.records.job import Job, Kind
 from app.records.key import random_text
 from app.records.tables import deliveries
 
@@ -31,7 +31,7 @@ def enqueue(connection: Connection, job: Job, now: datetime, happened: Sequence[
                 id=f"msg_{random_text(26)}",
                 job_id=job.id,
                 owner=job.owner,
-                type=f"merge.{kind}",
+                type=f"{job.kind}.{kind}",
                 url=job.webhook["url"],
                 body=json.dumps(message(job, kind, now), ensure_ascii=False, separators=(",", ":")),
                 state=DeliveryState.PENDING,
@@ -43,10 +43,10 @@ def enqueue(connection: Connection, job: Job, now: datetime, happened: Sequence[
 
 
 def message(job: Job, kind: str, now: datetime) -> dict[str, Any]:
-    """The body of a webhook: what happened to which merge. GET /merges/{id} has the rest."""
-    artifact = job.artifact or {}
+    """The body of a webhook: what happened to which merge, sweep or evaluation; a GET of it has the rest."""
+    artifact = (job.artifact or {}) if job.kind is Kind.MERGE else {}
     return {
-        "type": f"merge.{kind}",
+        "type": f"{job.kind}.{kind}",
         "timestamp": now.isoformat(),
         "data": {
             "id": job.id,

@@ -149,11 +149,11 @@ def admit(connection: Connection, new: NewJob, limits: Limits) -> None:
                 "have finished, or cancel them."
             )
             raise MergeyardError("too_many_jobs", message)
-    what = f"The merge takes about {new.total_bytes} bytes"
-    _check_bytes(connection, new.owner, new.total_bytes, what, limits)
+    what = f"The {new.kind} takes about {new.reserves} bytes"
+    _check_bytes(connection, new.owner, new.reserves, what, limits)
     promised = max(0, _read(connection, _of_all()).reserved - _written(connection))
     free = asked(limits.free)  # after that was read: what is written meanwhile counts twice, and never not at all
-    if free is not None and new.total_bytes > free - promised:
+    if free is not None and new.reserves > free - promised:
         message = (
             f"{what}; the store has {free} bytes free, of which unfinished merges will need {promised}. Submit it "
             "again when there is more, or ask the operator for room."

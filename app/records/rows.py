@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,10 +13,10 @@ from sqlalchemy import ColumnElement, Connection, Row, insert, or_, select, upda
 from app.errors import MergeyardError
 from app.records import quotas
 from app.records.database import clock
-from app.records.job import Idempotency, Job, LeaseLost, Listed, NewJob, Ring, Stage, Status
+from app.records.job import Idempotency, Job, Kind, LeaseLost, Listed, NewJob, Ring, Stage, Status
 from app.records.key import ALPHABET, Caller, random_text
 from app.records.outbox import enqueue
-from app.records.tables import events, idempotency, jobs, merge_sources
+from app.records.tables import events, idempotency, jobs, merge_sources, points
 from app.records.transitions import LONGEST_PAUSE, Change, Happening
 
 HELD = (Status.RUNNING, Status.CANCELLING)
@@ -37,17 +37,27 @@ def read_listed(row: Row[Any]) -> Listed:
     return Listed(**_with_words(dict(row._mapping)))
 
 
-def get(connection: Connection, job_id: str, *, by: Caller | None = None, lock: bool = False) -> Job:
-    """The job, locked until the transaction ends where ``lock``.
+def get(
+    connection: Connection,
+    job_id: str,
+    *,
+    by: Caller | None = None,
+    lock: bool = False,
+    kind: Kind | None = Kind.MERGE,
+) -> Job:
+    """The job, locked until the transaction ends where ``lock``. ``kind`` None: of any.
 
-    ``not_found`` for an id that is unknown, deleted or another owner's than ``by`` sees: nobody can tell which.
+    ``not_found`` for an id that is unknown, deleted, another kind's or another owner's than ``by`` sees: nobody can
+    tell which.
     """
     statement = select(jobs).where(jobs.c.id == job_id, jobs.c.deleted_at.is_(None))
+    if kind is not None:
+        statement = statement.where(jobs.c.kind == kind)
     if by is not None and by.sees is not None:
         statement = statement.where(jobs.c.owner == by.sees)
     row = connection.execute(statement.with_for_update() if lock else statement).one_or_none()
     if row is None:
-        raise MergeyardError("not_found", "There is no merge with this id.")
+        raise MergeyardError("not_found", f"There is no {kind or 'job'} with this id.")
     return read_job(row)
 
 
@@ -93,7 +103,7 @@ def append(connection: Connection, job_id: str, now: datetime, *happenings: Happ
 def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> Job:
     """A queued job, and the key that made it."""
     now = clock(connection)
-    job_id = new_id(now)
+    job_id = new_id(now, new.kind)
     row = connection.execute(
         insert(jobs)
         .values(
@@ -116,7 +126,7 @@ def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> 
             max_attempts=new.max_attempts,
             progress_bytes=0,
             total_bytes=new.total_bytes,
-            reserved_bytes=new.total_bytes,
+            reserved_bytes=new.reserves,
             pinned=new.pinned,
             expires_in=new.expires_in,
             webhook=None if new.webhook is None else dict(new.webhook),
@@ -137,6 +147,9 @@ def insert_job(connection: Connection, new: NewJob, key: Idempotency | None) -> 
     if new.merges:
         read = [{"job_id": job_id, "merge": merge} for merge in new.merges]
         connection.execute(insert(merge_sources), read)
+    if new.points:
+        scored = [{"job_id": job_id, "number": number, **asdict(point)} for number, point in enumerate(new.points)]
+        connection.execute(insert(points), scored)
     return job
 
 
@@ -154,7 +167,7 @@ def earlier(connection: Connection, key: Idempotency) -> Job | None:
             "idempotency_mismatch",
             "This Idempotency-Key came with another request before; use a new key for a new request.",
         )
-    return get(connection, row.job_id)
+    return get(connection, row.job_id, kind=None)
 
 
 def may_start(now: datetime) -> ColumnElement[bool]:
@@ -168,11 +181,14 @@ def ring(job: Job | Row[Any]) -> Ring:
     return Ring(id=job.id, queue=job.queue, priority=job.priority)
 
 
-def new_id(now: datetime) -> str:
-    """``mrg-``, 10 characters of milliseconds, 16 random ones: sorts by time, and cannot be guessed."""
+_PREFIXES = {Kind.MERGE: "mrg", Kind.SWEEP: "swp", Kind.EVALUATION: "evl"}
+
+
+def new_id(now: datetime, kind: Kind = Kind.MERGE) -> str:
+    """``mrg-`` (or its kind's), 10 characters of milliseconds, 16 random ones: sorts by time, and cannot be guessed."""
     milliseconds = int(now.timestamp() * 1000)
     moment = "".join(ALPHABET[milliseconds >> shift & 31] for shift in range(45, -1, -5))
-    return f"mrg-{moment}{random_text(16)}"
+    return f"{_PREFIXES[kind]}-{moment}{random_text(16)}"
 
 
 def write_cursor(job: Listed) -> str:
@@ -196,6 +212,7 @@ def read_cursor(cursor: str) -> tuple[datetime, str]:
 
 
 def _with_words(values: dict[str, Any]) -> dict[str, Any]:
+    values["kind"] = Kind(values["kind"])
     values["status"] = Status(values["status"])
     values["stage"] = None if values["stage"] is None else Stage(values["stage"])
     return values

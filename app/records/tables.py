@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-from app.records.job import Status
+from app.records.job import Kind, Status
 
 metadata = MetaData(
     naming_convention={
@@ -76,6 +76,7 @@ def _job(**options: Any) -> Column[str]:
 
 
 _UNSWEPT = _only("finished_at IS NOT NULL AND NOT swept", sqlite="finished_at IS NOT NULL AND swept = 0")
+_LISTED = "deleted_at IS NULL"
 _ASKED_OF_QUEUED = ("queue", "rung_at", "created_at", "id", "retry_at", "priority", "owner")
 
 jobs = Table(
@@ -128,9 +129,11 @@ jobs = Table(
     CheckConstraint("(artifact IS NOT NULL) = (status = 'succeeded')", name="artifact"),
     # Lists. Each is read from one status after the other, the newest first, with and without an owner and a method.
     *(
-        Index(f"ix_jobs_listed_{'_'.join(by)}", *by, "created_at", "id", **_only("deleted_at IS NULL"))
+        Index(f"ix_jobs_listed_{'_'.join(by)}", *by, "created_at", "id", **_only(_LISTED))
         for by in (("status",), ("owner", "status"), ("method", "status"), ("owner", "method", "status"))
     ),
+    # Few are no merges; these are listed from an index of their own.
+    Index("ix_jobs_listed_kind", "kind", "status", "created_at", "id", **_only(f"{_LISTED} AND kind <> 'merge'")),
     # What the janitor, the workers and the metrics look for again and again. Few rows are in any of these.
     Index("ix_jobs_queued", *_ASKED_OF_QUEUED, **_only("status = 'queued'")),
     Index("ix_jobs_held", "status", **_only("lease_token IS NOT NULL")),
@@ -163,6 +166,7 @@ merge_sources = Table(
 )
 # The same words as in the index, and no parameter: a planner that knows only ``status = ?`` cannot use it.
 IS_QUEUED = jobs.c.status == literal(str(Status.QUEUED), literal_execute=True)
+IS_NO_MERGE = jobs.c.kind != literal(str(Kind.MERGE), literal_execute=True)
 IS_HELD = jobs.c.lease_token.is_not(None)  # running or cancelling
 
 shards = Table(
@@ -174,6 +178,21 @@ shards = Table(
     Column("size", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("statistics", JSON, nullable=False),  # what the merge did to the file's tensors, by name
+)
+
+# What a sweep or an evaluation scores, all of it there when the job is submitted.
+points = Table(
+    "points",
+    metadata,
+    _job(primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("name", String(96), nullable=False),
+    Column("settings", _absent_json()),
+    Column("recipe", JSON, nullable=False),
+    Column("resolved", JSON, nullable=False),
+    Column("plan_digest", String(64), nullable=False),
+    Column("scores", _absent_json()),
+    Column("scored_at", UtcTime),
 )
 
 events = Table(

@@ -4,7 +4,7 @@
       ▲ ▲               │ │ └──fail──▶ failed          (``retry`` and attempts left: back to queued)
       │ └──hand_back────┘ ├──lose──▶ queued | failed   (its worker is gone)
       │                   └──request_cancel──▶ cancelling ──confirm_cancelled──▶ cancelled
-      ├──request_cancel──▶ cancelled
+      ├──request_cancel──▶ cancelled                   (``conclude``: as publish, of what has scores and no artifact)
       └──reuse──▶ succeeded                            (a job as it is submitted; nobody ever claims it)
 
 In ``cancelling``, publish is refused, and fail, lose and hand_back end in ``cancelled``.
@@ -19,14 +19,14 @@ decides in SQL, because there the race is the rule; see ``Jobs.claim``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from app.artifacts.manifest import StoredFile
 from app.errors import CODES, MergeyardError
-from app.records.job import CancelRequested, Job, Stage, Status
+from app.records.job import NO_FILES, CancelRequested, Job, Stage, Status
 from app.tasks.task import TaskScore
 
 Happening = tuple[str, Mapping[str, Any]]  # an event's type and data
@@ -97,7 +97,6 @@ def publish(job: Job, now: datetime, *, artifact: Mapping[str, Any]) -> Change:
     """running → succeeded: this write *is* the publication. cancelling: raises CancelRequested."""
     if job.status is Status.CANCELLING:
         raise CancelRequested(job.id)
-    expires_at = None if job.expires_in is None else now + timedelta(seconds=job.expires_in)
     summary = {"manifest_sha256": artifact.get("manifest_sha256"), "size": artifact.get("size")}
     return Change(
         values={
@@ -107,9 +106,32 @@ def publish(job: Job, now: datetime, *, artifact: Mapping[str, Any]) -> Change:
             "progress_bytes": job.total_bytes,
             "progress_at": now,
             "finished_at": now,
-            "expires_at": expires_at,
+            "expires_at": _expiry(job, now),
         },
         events=(("succeeded", summary),),
+    )
+
+
+def score_point(job: Job, now: datetime, *, number: int, scores: Sequence[Mapping[str, Any]]) -> Change:  # noqa: ARG001
+    """A point of a sweep was scored; the caller keeps the scores in ``points``. That is progress."""
+    event: Happening = ("point", {"number": number, "scores": {score["name"]: score["score"] for score in scores}})
+    return Change(values={"progress_at": now}, events=(event,))
+
+
+def conclude(job: Job, now: datetime) -> Change:
+    """running → succeeded: every point is scored. cancelling: raises CancelRequested."""
+    if job.status is Status.CANCELLING:
+        raise CancelRequested(job.id)
+    return Change(
+        values={
+            **_let_go(Status.SUCCEEDED),
+            "artifact": dict(NO_FILES),
+            "progress_bytes": job.total_bytes,
+            "progress_at": now,
+            "finished_at": now,
+            "expires_at": _expiry(job, now),
+        },
+        events=(("succeeded", {}),),
     )
 
 
@@ -180,20 +202,20 @@ def request_cancel(job: Job, now: datetime) -> Change:
         case Status.CANCELLING | Status.CANCELLED:
             return Change()
         case _:
-            raise MergeyardError("conflict", f"The merge has already {job.status}; it can no longer be cancelled.")
+            raise MergeyardError("conflict", f"The {job.kind} has already {job.status}; it can no longer be cancelled.")
 
 
 def delete(job: Job, now: datetime) -> Change:
     """Hide a finished job. Its files go next, unless other jobs have the same artifact, and its row last."""
     if not job.status.finished:
-        raise MergeyardError("conflict", f"The merge is {job.status}; cancel it first, then delete it.")
+        raise MergeyardError("conflict", f"The {job.kind} is {job.status}; cancel it first, then delete it.")
     return Change(values={"deleted_at": now, "swept": False, "artifact_id": None})
 
 
 def expire(job: Job, now: datetime) -> Change:
     """Delete a succeeded job whose time is over. ``conflict`` where it is not, or where the job is pinned."""
     if job.pinned or job.expires_at is None or job.expires_at > now:
-        raise MergeyardError("conflict", "The merge has not expired.")
+        raise MergeyardError("conflict", f"The {job.kind} has not expired.")
     return Change(values=delete(job, now).values, events=(("expired", {}),))
 
 
@@ -219,7 +241,7 @@ def lose(job: Job, now: datetime, *, reason: str, pause: float) -> Change:
         )
     attempts = "the only attempt" if job.max_attempts == 1 else f"the last of {job.max_attempts} attempts"
     reason_json = error_json(
-        MergeyardError("worker_lost", f"{LOST[reason]} It was {attempts}. Submit the merge again.")
+        MergeyardError("worker_lost", f"{LOST[reason]} It was {attempts}. Submit the {job.kind} again.")
     )
     return Change(
         values={**_let_go(Status.FAILED), "failures": failures, "error": reason_json, "finished_at": now},
@@ -251,6 +273,10 @@ def _later(job: Job, now: datetime, pause: float) -> datetime | None:
     """When the next attempt may begin; None is at once."""
     seconds = min(LONGEST_PAUSE, pause * 2 ** min(job.attempt - 1, 16))
     return now + timedelta(seconds=seconds) if seconds > 0 else None
+
+
+def _expiry(job: Job, now: datetime) -> datetime | None:
+    return None if job.expires_in is None else now + timedelta(seconds=job.expires_in)
 
 
 def _let_go(status: Status) -> dict[str, Any]:

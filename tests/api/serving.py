@@ -119,6 +119,10 @@ def write_sources(root: Path) -> Path:
     files.write_model(root / "smollm2-135m-instruct")
     files.write_adapter(root / "adapters" / "sql")
     files.write_adapter(root / "adapters" / "json", files.lora_tensors(seed=2))
+    (root / "tasks").mkdir()
+    (root / "tasks" / "sql.jsonl").write_text(
+        '{"prompt": "How many rows has t?", "answer": " SELECT COUNT(*) FROM t"}\n'
+    )
     return root
 
 

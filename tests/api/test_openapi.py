@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from app.api.examples import EVALUATION, SWEEP
 from app.main import create_app
 from app.settings import Settings
 from tests import files
@@ -68,14 +69,18 @@ def problems_of(  # noqa: PLR0911 (one kind of schema a return)
 
 @pytest.mark.parametrize(("method", "path", "media_type", "value"), body_examples())
 def test_a_documented_request_runs(api: ServedApi, method: str, path: str, media_type: str, value: Any) -> None:
+    documented = path
     if path == "/aliases/{alias}":
         value = {"merge": api.published({"config.json": b"{}"}).id}
+    if "{id}" in path:
+        path_id = api.http.post("/sweeps", json=SWEEP).raise_for_status().json()["id"]
+        path = path.replace("{id}", path_id)
     sent = {"json": value} if media_type == "application/json" else {"content": value}
     response = api.http.request(
         method, path.replace("{alias}", "documented"), headers={"content-type": media_type}, **sent
     )
     assert response.is_success, response.text
-    declared = DOCUMENT["paths"][path][method]["responses"][str(response.status_code)]
+    declared = DOCUMENT["paths"][documented][method]["responses"][str(response.status_code)]
     assert problems_of(response.json(), declared["content"]["application/json"]["schema"]) == []
 
 
@@ -94,6 +99,18 @@ def test_every_path_of_the_issue_is_there() -> None:
         "/merges/{id}/files": ["get"],
         "/merges/{id}/files/{path}": ["get", "head"],
         "/merges/{id}/archive.tar": ["get", "head"],
+        **{
+            f"/{kind}{ending}": methods
+            for kind in ("sweeps", "evaluations")
+            for ending, methods in {
+                "": ["get", "post"],
+                "/{id}": ["delete", "get"],
+                "/{id}/events": ["get"],
+                "/{id}/cancel": ["post"],
+                "/{id}/webhooks": ["get"],
+            }.items()
+        },
+        "/sweeps/{id}/merges": ["post"],
         "/aliases": ["get"],
         "/aliases/{alias}": ["delete", "get", "put"],
         "/api/models/{namespace}/{name}": ["get"],
@@ -118,12 +135,21 @@ def test_every_path_of_the_issue_is_there() -> None:
 def test_every_answer_has_its_documented_shape(api: ServedApi) -> None:
     merge = api.published({"config.json": b"{}", "folder/config.json": b"{}"})
     api.http.put("/aliases/shaped", json={"merge": merge.id})
+    made = {
+        kind: api.http.post(f"/{kind}", json=body).raise_for_status().json()["id"]
+        for kind, body in (("sweeps", SWEEP), ("evaluations", EVALUATION))
+    }
     model = "/api/models/{namespace}/{name}"
     for path, template in {
         "/merges": "/merges",
         f"/merges/{merge.id}": "/merges/{id}",
         f"/merges/{merge.id}/events": "/merges/{id}/events",
         f"/merges/{merge.id}/files": "/merges/{id}/files",
+        **{
+            f"/{kind}{ending.format(job_id)}": f"/{kind}{ending.format('{id}')}"
+            for kind, job_id in made.items()
+            for ending in ("", "/{}", "/{}/events", "/{}/webhooks")
+        },
         "/aliases": "/aliases",
         "/aliases/shaped": "/aliases/{alias}",
         f"/api/models/merges/{merge.id}": model,
@@ -255,10 +281,15 @@ def test_the_page_shows_every_operation_and_loads_nothing_from_elsewhere(api: Se
 def test_the_commands_on_the_page_run(api: ServedApi) -> None:
     merge = api.published({"config.json": b"{}", "folder/config.json": b"{}"})
     api.http.put("/aliases/shown", json={"merge": merge.id})
+    made = {
+        kind: api.http.post(f"/{kind}", json=body).raise_for_status().json()["id"]
+        for kind, body in (("sweeps", SWEEP), ("evaluations", EVALUATION))
+    }
     page = unescape(api.http.get("/docs").text)
     commands = re.findall(r"<pre>(curl .*?)</pre>", page, re.DOTALL)
-    assert len(commands) == 39
-    for command in commands:
+    assert len(commands) == 54
+    for shown in commands:
+        command = re.sub(r"/(sweeps|evaluations)/\$ID", lambda found: f"/{found[1]}/{made[found[1]]}", shown)
         if "-F" in command or "-X" in command:  # files that are not here, and what ends the merge
             continue
         file = "folder" if "/tree/" in command else "config.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from playwright.sync_api import Page, expect
 
 from app.recipe.difference import as_yaml
 from app.records.database import Database
-from app.records.job import NewJob
+from app.records.job import Kind, NewJob
 from app.records.key import Caller, Scope
 from app.records.keys import Keys
+from app.records.points import Points
 from app.records.workers import NewWorker, Workers
 from app.settings import Settings
+from app.tasks.task import TaskScore
 from benchmarks import rows
 from tests import servers
 from tests.api.serving import ServedApi, serving, write_sources
@@ -56,6 +58,38 @@ def _new() -> NewJob:
     return new_job(labels={"team": "search"})
 
 
+TASKS = ("first", "second")
+
+
+def scored_sweep(yard: Yard, *, scored: int = 100) -> str:
+    """A sweep of four points, of which as many have scores that nothing was computed for."""
+    for name in TASKS:
+        path = yard.api.settings.roots[0] / f"{name}.jsonl"
+        path.write_text('{"prompt": "a", "answer": "b"}\n')
+    tasks = [{"file": f"models:{name}.jsonl", "metric": "nll", "source": place} for place, name in enumerate(TASKS)]
+    asked = {"recipe": recipe(), "grid": {"density": [0.3, 0.6], "lambda": [0.5, 1.0]}, "tasks": tasks}
+    answer = yard.api.http.post("/sweeps", json=asked)
+    assert answer.status_code == 202, answer.text
+    sweep = str(answer.json()["id"])
+    job = yard.api.jobs.claim(sweep, lease_seconds=3600)
+    assert job is not None
+    score_some(yard, sweep, job.lease_token or "", range(min(scored, 7)))
+    if scored >= 7:
+        yard.api.jobs.conclude(sweep, job.lease_token or "")
+    return sweep
+
+
+def score_some(yard: Yard, sweep: str, token: str, numbers: Iterable[int]) -> None:
+    points = Points(yard.api.jobs.database)
+    for number in numbers:
+        values = (2.0 - number / 4, 2.0 - (number * 3 % 7) / 4)
+        scores = [
+            TaskScore(name=name, metric="nll", score=value, standard_error=0.1, examples=1)
+            for name, value in zip(TASKS, values, strict=True)
+        ]
+        points.record(sweep, token, number, scores)
+
+
 def opened(chromium: Chromium, url: str, **options: object) -> Page:
     page = chromium.page(**options)
     page.goto(url)
@@ -75,6 +109,23 @@ class TestEveryPage:
         expect(page.get_by_role("progressbar").first).to_be_visible()
         check_accessible(page)
         chromium.screenshot(page, f"overview-{scheme}")
+
+    def test_a_sweep(self, chromium: Chromium, yard: Yard, scheme: str) -> None:
+        sweep = scored_sweep(yard)
+        page = opened(chromium, f"{yard.api.url}/ui/sweeps/{sweep}", color_scheme=scheme)
+        expect(page.locator("tr.best th")).to_contain_text("3")
+        page.wait_for_selector("#drawings-box[data-drawn='5']")
+        expect(page.locator("#drawing-density-by-lambda .heatmaplayer image")).to_be_attached()
+        expect(page.locator("#drawing-by-density .scatterlayer .trace")).to_have_count(2)
+        check_accessible(page)
+        chromium.screenshot(page, f"sweep-{scheme}")
+
+    def test_the_lists_of_what_scores(self, chromium: Chromium, yard: Yard, scheme: str) -> None:
+        scored_sweep(yard)
+        for kind in ("sweeps", "evaluations"):
+            page = opened(chromium, f"{yard.api.url}/ui/{kind}", color_scheme=scheme)
+            expect(page.locator("h1")).to_have_text(kind.capitalize())
+            check_accessible(page)
 
     def test_the_list(self, chromium: Chromium, many: ServedApi, scheme: str) -> None:
         page = opened(chromium, f"{many.url}/ui/merges", color_scheme=scheme)
@@ -185,3 +236,16 @@ def test_the_keyboard_reaches_the_content_and_everything_in_it(chromium: Chromiu
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.name || document.activeElement.textContent"))
     assert names[1:] == ["queue", "priority", "labels", "pinned", "force", "action", "action"]
+
+
+def test_a_sweep_is_followed_while_it_is_scored(chromium: Chromium, yard: Yard) -> None:
+    sweep = scored_sweep(yard, scored=3)
+    page = opened(chromium, f"{yard.api.url}/ui/sweeps/{sweep}")
+    expect(page.locator(".progress p")).to_have_text("0 of 7 scored")
+    expect(page.locator("#drawn")).to_be_hidden()
+    token = yard.api.jobs.get(sweep, kind=Kind.SWEEP).lease_token or ""
+    score_some(yard, sweep, token, range(3, 7))
+    page.wait_for_selector("#drawings-box[data-drawn='5']")
+    expect(page.locator("tr.best")).to_have_count(1)
+    page.get_by_role("button", name="Merge point 3").click()
+    expect(page.locator("h1")).to_have_text(re.compile("^mrg-"))

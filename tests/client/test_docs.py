@@ -11,11 +11,12 @@ import pytest
 
 from app.artifacts.store import LocalStore
 from app.records.bell import Bell
-from app.records.job import Status
+from app.records.job import Kind, Status
 from app.sources.hub.hub import Hub, HubSettings
 from mergeyard import errors
 from tests import files
 from tests.api.serving import ServedApi
+from tests.client.test_scoring import work as give_scores
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import load
 from worker.job import Workplace, work
@@ -43,7 +44,7 @@ def test_its_examples_run(merging: ServedApi, tmp_path: Path, monkeypatch: pytes
     known: dict[str, object] = {}
     for block in BLOCKS:
         exec(compile(block.replace(HERE, merging.url), "docs/client.md", "exec"), known)
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     for folder in ("merged", "merged-async"):
         assert (tmp_path / folder / "model.safetensors").is_file()
 
@@ -67,4 +68,7 @@ def _merge_what_waits(served: ServedApi, stop: threading.Event) -> None:
     while not stop.wait(0.05):
         for job in served.jobs.list(status=Status.QUEUED).jobs:
             work(place, job.id, StopRequest())
+        for kind in (Kind.SWEEP, Kind.EVALUATION):
+            for job in served.jobs.list(status=Status.QUEUED, kind=kind).jobs:
+                give_scores(served, job.id)
     place.bell.close()

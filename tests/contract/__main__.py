@@ -45,6 +45,17 @@ LINKED = frozenset(
         "HEAD /merges/{id}/files/{path}",
         "GET /merges/{id}/archive.tar",
         "HEAD /merges/{id}/archive.tar",
+        "GET /sweeps/{id}",
+        "DELETE /sweeps/{id}",
+        "GET /sweeps/{id}/events",
+        "GET /sweeps/{id}/webhooks",
+        "POST /sweeps/{id}/cancel",
+        "POST /sweeps/{id}/merges",
+        "GET /evaluations/{id}",
+        "DELETE /evaluations/{id}",
+        "GET /evaluations/{id}/events",
+        "GET /evaluations/{id}/webhooks",
+        "POST /evaluations/{id}/cancel",
     }
 )
 # A session is made from a key, and what these tell is not an owner's to know.
@@ -129,7 +140,7 @@ def _without_keys(
             seed=options.seed,
             examples=options.examples,
             exclude_checks=WITHOUT_KEYS,
-            ids=mine.ids,
+            ids=mine.everything,
             aliases=[mine.alias],
             recipes=mine.recipes,
             retries=mine.retries,
@@ -173,12 +184,12 @@ def _campaigns(
     """Everybody who must not see bob's, and a few requests as somebody who may."""
     fewer = max(5, int(options.examples * CHANCES))
     common: dict[str, Any] = {
-        "ids": [*alice.ids, *bob.ids],
+        "ids": [*alice.everything, *bob.everything],
         "aliases": [alice.alias, bob.alias],
         "recipes": [*alice.recipes, {**alice.recipes[0], "base_model": f"merge:{bob.ids[0]}"}],
         "retries": alice.retries,
         "upload": [(part, folder / "upload" / part) for part in ADAPTER_FILES],
-        "theirs": bob.ids,
+        "theirs": bob.everything,
         "marks": bob.marks,
     }
     yield Campaign(

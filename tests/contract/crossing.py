@@ -23,6 +23,7 @@ from app.records.tables import (
     idempotency,
     jobs,
     keys,
+    points,
     sessions,
     shards,
     uploads,
@@ -58,6 +59,15 @@ ASKED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("POST", "/merges/{}/cancel", {}),
     ("DELETE", "/merges/{}", {}),
 )
+# {} is the path of a sweep or an evaluation.
+SCORED: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("GET", "{}", {}),
+    ("GET", "{}/events", {}),
+    ("GET", "{}/events", {"Accept": "text/event-stream"}),
+    ("GET", "{}/webhooks", {}),
+    ("POST", "{}/cancel", {}),
+    ("DELETE", "{}", {}),
+)
 # {} is an alias.
 ALIASED: tuple[tuple[str, str], ...] = (
     ("GET", "/aliases/{}"),
@@ -85,6 +95,7 @@ def state_of(service: Service, holdings: Holdings) -> dict[str, str]:
             jobs: jobs.c.owner == holdings.owner,
             events: events.c.job_id.in_(owners),
             shards: shards.c.job_id.in_(owners),
+            points: points.c.job_id.in_(owners),
             uploads: uploads.c.owner == holdings.owner,
             aliases: aliases.c.owner == holdings.owner,
             alias_moves: alias_moves.c.owner == holdings.owner,
@@ -121,6 +132,12 @@ def ask_for(http: httpx.Client, theirs: Holdings) -> Asked:
             wanted, nothing = (_send(http, method, path, headers, one) for one in (merge, never))
             _compare(asked, wanted, nothing, merge, never, theirs)
         _compare_recipes(asked, http, f"merge:{merge}", f"merge:{never}", theirs)
+    for path, job in theirs.scorings.items():
+        never = f"{job[:4]}{secrets.token_hex(13)}"
+        for method, ending, headers in SCORED:
+            wanted, nothing = (_send(http, method, ending, headers, f"{path}/{one}") for one in (job, never))
+            _compare(asked, wanted, nothing, job, never, theirs)
+        asked.crossings += [f"{job} is in a list" for _ in _listed(http, asked, theirs, path)]
     _compare_recipes(asked, http, theirs.uploaded, f"upload:sha256-{secrets.token_hex(32)}", theirs)
     for method, path in ALIASED:
         wanted, nothing = (_send(http, method, path, {}, one) for one in (theirs.alias, "nobodys-own"))
@@ -142,22 +159,22 @@ def _send(http: httpx.Client, method: str, path: str, headers: Mapping[str, str]
 
 def audited(service: Service, theirs: Holdings) -> list[str]:
     """Entries of the audit, in which anybody else did something to the owner's things."""
-    subjects = {*theirs.ids, theirs.uploaded}
+    subjects = {*theirs.everything, theirs.uploaded}
     with closing(Database(service.settings.database)) as database, database.read() as connection:
         rows = connection.execute(select(audit).where(audit.c.owner != theirs.owner))
         return [f"{row.owner} {row.action} {row.subject}" for row in rows if row.subject in subjects]
 
 
-def _listed(http: httpx.Client, asked: Asked, theirs: Holdings) -> Iterator[str]:
-    """Merges of the other owner in all pages of all lists."""
+def _listed(http: httpx.Client, asked: Asked, theirs: Holdings, of: str = "/merges") -> Iterator[str]:
+    """Jobs of the other owner in all pages of all lists of a kind."""
     for query in ("", *(f"&status={status}" for status in theirs.merges)):
-        path = f"/merges?limit=200{query}"
+        path = f"{of}?limit=200{query}"
         while path:
             page = http.get(path)
             asked.requests += 1
             if page.status_code == 403:
                 break
-            yield from (merge["id"] for merge in page.json()["items"] if merge["id"] in theirs.ids)
+            yield from (merge["id"] for merge in page.json()["items"] if merge["id"] in theirs.everything)
             path = page.links.get("next", {}).get("url", "")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from app.api.examples import RECIPE
+from app.api.examples import EVALUATION, RECIPE, SWEEP
 from tests import files
 from tests.contract.service import KEYS, Service
 
@@ -40,6 +40,12 @@ class Holdings:
     recipes: Sequence[Mapping[str, Any]]  # that this owner can merge
     retries: Sequence[Retry]
     marks: Sequence[str]
+    scorings: Mapping[str, str]  # ids of a sweep and of an evaluation, by their paths
+
+    @property
+    def everything(self) -> list[str]:
+        """The ids of all jobs."""
+        return [*self.ids, *self.scorings.values()]
 
     @property
     def ids(self) -> list[str]:
@@ -79,6 +85,10 @@ def hold(service: Service, holder: str, folder: Path, *, succeeded: int, waiting
         merged, waits, cancelled = merges[:succeeded], merges[succeeded:-1], merges[-1]
         http.post(f"/merges/{cancelled['id']}/cancel").raise_for_status()
         listings = [_finished(http, merge["id"]) for merge in merged]
+        scorings = [
+            http.post(path, json={**body, "queue": UNSERVED, "labels": {"note": label}}).raise_for_status().json()
+            for path, body in (("/sweeps", SWEEP), ("/evaluations", EVALUATION))
+        ]
         alias = f"{holder}s-own"
         pointed = http.put(f"/aliases/{alias}", json={"merge": merged[-1]["id"]}).raise_for_status().json()
     digests = [file["sha256"] for file in upload["files"] if file["name"] in WEIGHTS]
@@ -102,7 +112,9 @@ def hold(service: Service, holder: str, folder: Path, *, succeeded: int, waiting
             {"merge_method": "linear", "models": [{"model": f"merge:{merged[0]['id']}"}], "parameters": {"weight": 1}},
         ],
         retries=retries[:succeeded],
+        # Everybody's sweep of the same files has the same fingerprint.
         marks=[label, pointed["commit"], *digests, *(merge["fingerprint"] for merge in merges)],
+        scorings={f"/{job['kind']}s": job["id"] for job in scorings},
     )
 
 

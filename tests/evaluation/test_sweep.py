@@ -18,9 +18,9 @@ from app.planning.planner import make_plan
 from app.recipe import parse_recipe
 from app.sources.resolver import Resolver
 from app.sweeps.grid import expand, only_source
+from app.sweeps.results import Row, kept
 from app.tasks.task import Example, Message, Task, TaskScore
 from mergeyard.plots import draw
-from mergeyard.sweep import Row
 from tests import tiny
 from tests.cli.commands import mergeyard
 from tests.evaluation.chat import LEARNT, write_chat
@@ -30,7 +30,6 @@ from worker.engine.run import merge_to_folder
 from worker.evaluation.loading import loaded
 from worker.evaluation.memory import ModelInMemory
 from worker.evaluation.scoring import score
-from worker.evaluation.sweep import kept
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +272,13 @@ class TestTheCommand:
 
 def test_drawings_of_one_axis_and_one_task(tmp_path: Path) -> None:
     rows = [
-        Row(settings={"density": density, "dialect": "paper"}, scores={"t": density}, kept={}, losses=frozenset({"t"}))
+        Row(
+            name="a point",
+            settings={"density": density, "dialect": "paper"},
+            scores={"t": density},
+            kept={},
+            losses=frozenset({"t"}),
+        )
         for density in (0.2, 0.4)
     ]
     assert rows[0].worth > rows[1].worth

@@ -16,7 +16,7 @@ from app.artifacts.manifest import StoredFile
 from app.errors import MergeyardError
 from app.records.aliases import Aliases
 from app.records.database import Database, migrations_config
-from app.records.job import Idempotency
+from app.records.job import Idempotency, Kind, NewPoint
 from app.records.jobs import Jobs
 from app.records.key import Caller
 from app.records.tables import UtcTime, metadata
@@ -77,11 +77,15 @@ def fill(database: Database) -> None:
             jobs.submit(new_job(merges=[job.id]))
         if end == "failed":
             jobs.fail(job.id, running.lease_token, MergeyardError("internal", "x"), retry=True)
+    jobs.submit(new_job(points=[POINT]))
     with database.write() as connection:
         for table in metadata.sorted_tables:
             if connection.execute(select(table).limit(1)).first() is None:
                 values = {column.name: sample(database, column) for column in table.columns if not column.nullable}
                 connection.execute(insert(table).values(values))
+
+
+POINT = NewPoint(name="base", settings=None, recipe={}, resolved={}, plan_digest="d" * 64)
 
 
 def sample(database: Database, column: Column[Any]) -> Any:
@@ -135,6 +139,18 @@ def test_down_and_up_again_keeps_every_row_and_column_that_both_know(database: D
     assert succeeded.artifact_id == succeeded.id and Upkeep(database).claims(succeeded.id).keys  # type: ignore[union-attr]
     (made,) = rows(database, metadata)["artifacts"]
     assert succeeded.id in made, "what is published has one reference"
+
+
+def test_a_version_that_knows_merges_alone_finds_nothing_else(database: Database) -> None:
+    up(database)
+    fill(database)
+    merges = {job.id for job in Jobs(database).list(limit=200).jobs}
+    sweep, _ = Jobs(database).submit(new_job(kind=Kind.SWEEP, points=[POINT], merges=[min(merges)]))
+    down(database, "0012")
+    with database.read() as connection:
+        found = tables_of(database).tables
+        assert set(connection.scalars(select(found["jobs"].c.id))) == merges
+        assert sweep.id not in set(connection.scalars(select(found["events"].c.job_id)))
 
 
 def test_all_the_way_down_leaves_nothing_and_up_again_makes_it_anew(database: Database) -> None:
