@@ -8,7 +8,7 @@ from pydantic import Field
 from app.api.answers import FROM_AN_EVALUATION, JOB_HEADERS, LOCATION
 from app.api.callers import Merging
 from app.api.envelope import JsonBody, Running, canonical, read_json
-from app.api.examples import EVALUATION, json_body
+from app.api.examples import EVALUATION, json_body, schema_of
 from app.api.jobs import Asked, IdempotencyKey, Problem, describe, idempotency, queue
 from app.api.scored import Evaluation, scoring_url
 from app.api.scoring import endpoints, new_job
@@ -46,7 +46,7 @@ class EvaluationRequest(Running):
         503: Problem,
         507: Problem,
     },
-    openapi_extra=json_body(EvaluationRequest.model_json_schema(), "A base with an adapter on it", EVALUATION),
+    openapi_extra=json_body(schema_of(EvaluationRequest), "A base with an adapter on it", EVALUATION),
 )
 async def submit_evaluation(
     caller: Merging, body: JsonBody, serving: Serving, response: Response, idempotency_key: IdempotencyKey = None

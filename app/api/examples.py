@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 RECIPE: dict[str, Any] = {
     "base_model": "models:smollm2-135m-instruct",
     "merge_method": "ties",
@@ -41,6 +43,26 @@ SWEEP: dict[str, Any] = {
 }
 
 EVALUATION: dict[str, Any] = {"model": "models:smollm2-135m-instruct+models:adapters/sql", "tasks": [TASK]}
+
+
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a body that an endpoint reads for itself, in one piece.
+
+    What pydantic puts beside it (``#/$defs/…``) would be looked for at the top of the OpenAPI document.
+    """
+    schema = model.model_json_schema()
+    named = schema.pop("$defs", {})
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        rest = {key: whole(item) for key, item in value.items() if key != "$ref"}
+        return {**whole(named[value["$ref"].rsplit("/", 1)[1]]), **rest} if "$ref" in value else rest
+
+    found: dict[str, Any] = whole(schema)
+    return found
 
 
 def json_body(schema: dict[str, Any], summary: str, example: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from app.api.answers import FROM_A_MERGE, FROM_EVENTS, JOB_HEADERS, LOCATION, NE
 from app.api.callers import Merging, Reading
 from app.api.envelope import Body, Envelope, Submission, read_submission, submitted
 from app.api.eventstream import MEDIA_TYPE
-from app.api.examples import submission_body
+from app.api.examples import schema_of, submission_body
 from app.api.jobs import (
     After,
     Asked,
@@ -63,7 +63,7 @@ router = APIRouter(prefix="/merges", tags=["merges"])
         503: Problem,
         507: Problem,
     },
-    openapi_extra=submission_body(Envelope.model_json_schema()),
+    openapi_extra=submission_body(schema_of(Envelope)),
 )
 async def submit(
     caller: Merging,
@@ -87,7 +87,7 @@ async def submit(
     response_model=MergePlan,
     summary="Plan a merge",
     responses={413: Problem, 415: Problem, 422: Problem, 503: Problem},
-    openapi_extra=submission_body(Envelope.model_json_schema()),
+    openapi_extra=submission_body(schema_of(Envelope)),
 )
 async def plan(caller: Merging, body: Body, serving: Serving) -> MergePlan:
     """Everything POST /merges would check, and what the merge would take, without queueing anything."""

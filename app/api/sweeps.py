@@ -13,7 +13,7 @@ from pydantic import Field
 from app.api.answers import FROM_A_MERGE, FROM_A_SWEEP, JOB_HEADERS, LOCATION
 from app.api.callers import Merging
 from app.api.envelope import JsonBody, Running, canonical, read_json
-from app.api.examples import SWEEP, json_body
+from app.api.examples import SWEEP, json_body, schema_of
 from app.api.jobs import Asked, Id, IdempotencyKey, Problem, describe, idempotency, queue
 from app.api.merges import accept
 from app.api.schemas import Merge, merge_url
@@ -63,7 +63,7 @@ class Chosen(Running):
         503: Problem,
         507: Problem,
     },
-    openapi_extra=json_body(SweepRequest.model_json_schema(), "Four points, one task", SWEEP),
+    openapi_extra=json_body(schema_of(SweepRequest), "Four points, one task", SWEEP),
 )
 async def submit_sweep(
     caller: Merging, body: JsonBody, serving: Serving, response: Response, idempotency_key: IdempotencyKey = None
@@ -95,7 +95,7 @@ async def submit_sweep(
         503: Problem,
         507: Problem,
     },
-    openapi_extra=json_body(Chosen.model_json_schema(), "The first point; without `point` the best", {"point": 0}),
+    openapi_extra=json_body(schema_of(Chosen), "The first point; without `point` the best", {"point": 0}),
 )
 async def merge_of_sweep(
     caller: Merging,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,23 @@ def test_an_error_has_its_documented_shape(api: ServedApi) -> None:
             for status, answer in operation["responses"].items():
                 if status.startswith(("4", "5")):
                     assert list(answer["content"]) == [PROBLEM]
+
+
+def test_every_reference_leads_somewhere() -> None:
+    def references(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            if isinstance(value.get("$ref"), str):
+                yield value["$ref"]
+            for item in value.values():
+                yield from references(item)
+        elif isinstance(value, list):
+            for item in value:
+                yield from references(item)
+
+    found = set(references(DOCUMENT))
+    assert "#/components/schemas/ProblemDocument" in found
+    assert {ref for ref in found if ref.rsplit("/", 1)[1] not in DOCUMENT["components"]["schemas"]} == set()
+    assert all(ref.startswith("#/components/schemas/") for ref in found)
 
 
 def test_operation_ids_are_unique() -> None:
