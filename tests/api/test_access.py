@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from app.api.examples import RECIPE
+from app.api.examples import EVALUATION, RECIPE, SWEEP
 from app.main import create_app
 from app.settings import Settings
 from tests import files
@@ -36,6 +36,20 @@ EXPECTED = {
     ("head", "/merges/{id}/files/{path}"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
     ("get", "/merges/{id}/archive.tar"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
     ("head", "/merges/{id}/archive.tar"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+    **{
+        (method, f"/{kind}{ending}"): statuses
+        for kind in ("sweeps", "evaluations")
+        for (method, ending), statuses in {
+            ("post", ""): (401, 401, 401, 401, 403, 202, 202, 202, 202),
+            ("get", ""): (401, 401, 401, 401, 200, 403, 200, 200, 200),
+            ("get", "/{id}"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+            ("delete", "/{id}"): (401, 401, 401, 401, 403, 204, 204, 404, 204),
+            ("get", "/{id}/events"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+            ("get", "/{id}/webhooks"): (401, 401, 401, 401, 200, 403, 200, 404, 200),
+            ("post", "/{id}/cancel"): (401, 401, 401, 401, 403, 202, 202, 404, 202),
+        }.items()
+    },
+    ("post", "/sweeps/{id}/merges"): (401, 401, 401, 401, 403, 202, 202, 404, 202),
     ("get", "/aliases"): (401, 401, 401, 401, 200, 403, 200, 200, 200),
     ("get", "/aliases/{alias}"): (401, 401, 401, 401, 200, 403, 200, 404, 404),
     ("put", "/aliases/{alias}"): (401, 401, 401, 401, 403, 201, 201, 404, 404),
@@ -60,6 +74,7 @@ EXPECTED = {
     ("get", "/healthz"): (200,) * 9,
     ("get", "/readyz"): (200,) * 9,
 }
+SCORED = {"sweeps": SWEEP, "evaluations": EVALUATION}
 CODES = {"nobody": "key_required", "wrong": "key_invalid", "expired": "key_expired", "revoked": "key_revoked"}
 
 
@@ -96,7 +111,12 @@ def test_a_scrapers_key_opens_the_figures_and_nothing_else(guarded: GuardedApi, 
 
 
 def send(guarded: GuardedApi, caller: str, method: str, path: str, folder: Path) -> Any:
-    """The caller's request to a fresh merge of alice's."""
+    """The caller's request to a fresh merge (or sweep, or evaluation) of alice's."""
+    if (kind := path.split("/")[1]) in SCORED and "{id}" in path:
+        made = guarded.send("alice", "post", f"/{kind}", json=SCORED[kind]).json()["id"]
+        if method == "delete":
+            assert guarded.send("alice", "post", f"/{kind}/{made}/cancel").status_code == 202
+        return guarded.send(caller, method, filled(path, made), **body(method, path, made))
     if path.endswith("/cancel"):
         merge = guarded.served.queued(owner="alice").id
     else:
@@ -114,6 +134,10 @@ def send(guarded: GuardedApi, caller: str, method: str, path: str, folder: Path)
 def body(method: str, path: str, merge: str) -> dict[str, Any]:
     if method == "post" and path in ("/merges", "/merges/plan"):
         return {"json": {"recipe": RECIPE}}
+    if method == "post" and path.removeprefix("/") in SCORED:
+        return {"json": SCORED[path.removeprefix("/")]}
+    if path == "/sweeps/{id}/merges":
+        return {"json": {"point": 0}}
     return {"json": {"merge": merge}} if method == "put" else {}
 
 
