@@ -39,7 +39,8 @@ class Resolver:
     plain paths, absolute or relative to that folder. ``hub`` is asked for ``hf:`` references, and for bare ones that
     are nowhere else; a revision that moves meanwhile stays what it was when it was first met (``met``). ``documents``
     are the models that the recipe's other documents make, by what it calls them; they are meant before anything else.
-    No path is called by one of their ``names``.
+    No path is called by one of their ``names``. ``read`` keeps what was read, by what it was called, for whoever plans
+    many recipes of the same sources at one moment; None reads anew.
     """
 
     roots: Sequence[Path] = ()
@@ -53,21 +54,32 @@ class Resolver:
     met: dict[str, Found] = field(default_factory=dict)
     documents: Mapping[str, ModelSource] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
+    read: dict[str, ModelSource | AdapterSource] | None = None
 
     def model(self, text: str) -> ModelSource:
         """A full model. Raises MergeyardError as `canonical` and `load_model` do."""
         if text in self.documents:
             return self.documents[text]
+        if isinstance(known := (self.read or {}).get(text), ModelSource):
+            return known
         found = self._find(text)
-        return load_model(found.files, str(found.reference), found.remote)
+        model = load_model(found.files, str(found.reference), found.remote)
+        if self.read is not None:
+            self.read[text] = model
+        return model
 
     def adapter(self, text: str) -> AdapterSource:
         """A PEFT adapter. Raises MergeyardError as `canonical` and `load_adapter` do."""
         if text in self.documents:
             message = f"{text} is a document of this recipe, which makes a model; name it under `model:`"
             raise MergeyardError("reference_invalid", message)
+        if isinstance(known := (self.read or {}).get(text), AdapterSource):
+            return known
         found = self._find(text)
-        return load_adapter(found.files, str(found.reference), found.remote)
+        adapter = load_adapter(found.files, str(found.reference), found.remote)
+        if self.read is not None:
+            self.read[text] = adapter
+        return adapter
 
     def companions(self, text: str) -> tuple[SourceFile, ...]:
         """What travels with a model's weights, where only that is wanted. Raises MergeyardError as `canonical` does."""

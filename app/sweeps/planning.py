@@ -100,6 +100,7 @@ def plan_sweep(
         MergeyardError: `grid_invalid`, what `read_tasks` raises, and of the first point that cannot be planned what
             `make_plan` raises, with the point's settings.
     """
+    resolver = replace(resolver, read={})
     parsed = parse_recipe(recipe).as_sent()
     points = expand(parsed, axes)
     count = len(parsed["models"])

@@ -16,8 +16,10 @@ from app.errors import MergeyardError
 from app.planning.plan import Plan
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
+from app.sources.adapters import load_adapter
 from app.sources.resolver import Resolver
 from app.sweeps.grid import expand, only_source
+from app.sweeps.planning import SweptTask, plan_sweep
 from app.sweeps.results import Row, kept
 from app.tasks.task import Example, Message, Task, TaskScore
 from mergeyard.plots import draw
@@ -83,6 +85,18 @@ class TestTheGrid:
         (point,) = expand({**RECIPE, "evaluation": {"tasks": []}}, {"density": [0.2]})
         assert [entry["parameters"]["density"] for entry in point.recipe["models"]] == [0.2, 0.2]
         assert "parameters" not in point.recipe and "evaluation" not in point.recipe
+
+    def test_sources_are_read_once_for_all_points(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        read: list[str] = []
+
+        def reading(*given: Any) -> Any:
+            read.append(given[1])
+            return load_adapter(*given)
+
+        monkeypatch.setattr("app.sources.resolver.load_adapter", reading)
+        task = SweptTask(file=str(root / "first.jsonl"), source=0)
+        swept = plan_sweep(RECIPE, {"density": [0.2, 0.4, 0.6]}, [task], Resolver(local=root))
+        assert sorted(read) == ["one", "two"] and len({point.plan.digest for point in swept.points}) == 5
 
     def test_a_method_and_a_dialect_are_axes_too(self, root: Path) -> None:
         points = expand(RECIPE, {"dialect": ["mergekit", "peft", "paper", "article"]})

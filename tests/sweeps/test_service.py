@@ -12,7 +12,9 @@ import yaml
 
 from app.planning.planner import make_plan
 from app.recipe import parse_recipe
+from app.records.points import Points
 from app.sources.resolver import Resolver
+from app.tasks.task import TaskScore
 from tests.api.serving import PROBLEM, ServedApi
 from tests.sweeps.asking import GRID, RECIPE, TASKS, asked
 from worker.engine.run import merge_to_folder
@@ -21,6 +23,7 @@ from worker.evaluation.scoring import score
 from worker.job import Ending
 
 Do = Callable[[str], Ending]
+NAMES = ("first", "second")
 
 
 def submitted(api: ServedApi, path: str, body: dict[str, Any], **headers: str) -> dict[str, Any]:
@@ -209,6 +212,42 @@ class TestEndings:
         assert (failed["status"], failed["error"]["code"]) == ("failed", "source_changed")
         assert all(point["scores"] is None for point in failed["points"]) and failed["best"] is None
         assert refused(yard_api, f"/sweeps/{sweep['id']}/merges", {}) == [("conflict", "")]
+
+    def test_weights_that_changed_since_are_noticed(self, yard_api: ServedApi, do: Do, chat_root: Path) -> None:
+        file = chat_root / "two" / "adapter_model.safetensors"
+        before = file.read_bytes()
+        asking = {"model": "models:chat+models:two", "tasks": [{"file": "models:first.jsonl", "metric": "nll"}]}
+        evaluation = submitted(yard_api, "/evaluations", asking)
+        try:
+            file.write_bytes(before)  # the same bytes at another time: nobody can tell without reading them
+            assert do(evaluation["id"]) is Ending.FAILED
+        finally:
+            file.write_bytes(before)
+        assert got(yard_api, f"/evaluations/{evaluation['id']}")["error"]["code"] == "source_changed"
+
+    def test_what_has_scores_is_not_scored_again(
+        self, yard_api: ServedApi, do: Do, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sweep = submitted(yard_api, "/sweeps", asked())
+        job = yard_api.jobs.claim(sweep["id"], lease_seconds=60)
+        assert job is not None and job.lease_token is not None
+        points = Points(yard_api.jobs.database)
+        for number in (0, 1, 4):
+            scores = [TaskScore(name=name, metric="nll", score=number, standard_error=0, examples=1) for name in NAMES]
+            points.record(sweep["id"], job.lease_token, number, scores)
+        yard_api.jobs.hand_back(sweep["id"], job.lease_token)
+        made: list[str] = []
+
+        def counted(model: Any, task: Any, **options: Any) -> TaskScore:
+            made.append(task.name)
+            return score(model, task, **options)
+
+        monkeypatch.setattr("worker.evaluation.sweep.score", counted)
+        assert do(sweep["id"]) is Ending.PUBLISHED
+        assert made == [*NAMES] * 4, "four of seven points, two tasks each"
+        found = [point.scores for point in points.of(sweep["id"])]
+        kept = [one[0]["score"] for one in found if one is not None]
+        assert [kept[number] for number in (0, 1, 4)] == [0, 1, 4] and len(kept) == 7
 
 
 class TestRefusals:
