@@ -92,8 +92,8 @@ def _best_so_far(rows: Sequence[Row]) -> Drawing:
         "best so far": [(number + 1, max(worths[: number + 1])) for number in range(len(worths))],
         "each point": [(number + 1, worth) for number, worth in enumerate(worths)],
     }
-    unit = f"mean over tasks, {_unit(rows)}"
-    return Drawing(name="best-so-far", kind="steps", title="The best so far", x="points scored", y=unit, series=series)
+    title = "The best so far, mean over tasks"
+    return Drawing(name="best-so-far", kind="steps", title=title, x="points scored", y=_unit(rows), series=series)
 
 
 def _front(first: str, second: str, measured: Mapping[str, Sequence[float]]) -> Drawing:

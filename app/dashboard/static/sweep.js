@@ -31,6 +31,17 @@ function traces(drawing) {
   });
 }
 
+function placeOf(drawing) {
+  const id = `drawing-${drawing.name}`;
+  const known = document.getElementById(id);
+  if (known !== null) return known;
+  const place = document.createElement("div");
+  place.id = id;
+  place.setAttribute("role", "img");
+  place.setAttribute("aria-label", `${drawing.title}: ${drawing.y} by ${drawing.x}`);
+  return box.appendChild(place);
+}
+
 async function draw() {
   const text = document.getElementById("drawings-data")?.textContent ?? "[]";
   if (text === shown) return;
@@ -42,17 +53,10 @@ async function draw() {
   const style = getComputedStyle(box);
   const font = { family: style.fontFamily, size: 12, color: style.color };
   const line = { automargin: true, fixedrange: true, gridcolor: "rgba(128,128,128,.25)", zeroline: false };
-  for (const drawing of drawings) {
-    let place = document.getElementById(`drawing-${drawing.name}`);
-    if (place === null) {
-      place = document.createElement("div");
-      place.id = `drawing-${drawing.name}`;
-      place.setAttribute("role", "img");
-      place.setAttribute("aria-label", `${drawing.title}: ${drawing.y} by ${drawing.x}`);
-      box.append(place);
-    }
+  const places = drawings.map(placeOf); // all of them first: how wide each is depends on how many there are
+  for (const [index, drawing] of drawings.entries()) {
     const category = drawing.kind === "cells" ? { type: "category", showgrid: false } : {};
-    await Plotly.react(place, traces(drawing), {
+    await Plotly.react(places[index], traces(drawing), {
       height: 340, margin: { t: 40, r: 8, b: 44, l: 8 }, title: { text: drawing.title, font: { ...font, size: 14 }, x: 0 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font, legend: { orientation: "h", y: -0.25 },
       xaxis: { ...line, ...category, title: { text: drawing.x } }, yaxis: { ...line, ...category, title: { text: drawing.y } },
