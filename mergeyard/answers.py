@@ -28,8 +28,8 @@ class ArtifactSummary(TypedDict):
     manifest_sha256: str
 
 
-class MergeSummary(TypedDict):
-    """A merge as lists show it. Times are ISO 8601 in UTC."""
+class JobSummary(TypedDict):
+    """What lists show of any kind of job. Times are ISO 8601 in UTC."""
 
     id: str
     kind: str
@@ -42,10 +42,7 @@ class MergeSummary(TypedDict):
     labels: dict[str, str]
     attempt: int
     max_attempts: int
-    progress: Progress
     error: Failure | None
-    artifact: ArtifactSummary | None
-    reused: bool
     pinned: bool
     expires_at: str | None
     fingerprint: str
@@ -54,6 +51,14 @@ class MergeSummary(TypedDict):
     finished_at: str | None
     updated_at: str
     urls: dict[str, str]
+
+
+class MergeSummary(JobSummary):
+    """A merge as lists show it."""
+
+    progress: Progress
+    artifact: ArtifactSummary | None
+    reused: bool
 
 
 class FailedAttempt(TypedDict):
@@ -76,14 +81,19 @@ class Score(TypedDict):
     examples: int
 
 
-class Merge(MergeSummary):
+class JobDetails(TypedDict):
+    """What the documents of all kinds have beside their summary."""
+
     failures: list[FailedAttempt]
     retry_at: str | None
-    recipe: dict[str, Any]
     webhook: Webhook | None
-    resolved: dict[str, Any]
     estimates: dict[str, int]
     warnings: list[Problem]
+
+
+class Merge(MergeSummary, JobDetails):
+    recipe: dict[str, Any]
+    resolved: dict[str, Any]
     evaluation: list[Score]
 
 
@@ -93,36 +103,11 @@ class PointProgress(TypedDict):
     fraction: float
 
 
-class Scoring(TypedDict):
-    """What sweeps and evaluations have in common. Times are ISO 8601 in UTC."""
+class Scoring(JobSummary, JobDetails):
+    """What sweeps and evaluations have in common."""
 
-    id: str
-    kind: str
-    owner: str
-    status: str
-    stage: str | None
-    method: str
-    queue: str
-    priority: int
-    labels: dict[str, str]
-    attempt: int
-    max_attempts: int
     progress: PointProgress
-    error: Failure | None
-    pinned: bool
-    expires_at: str | None
-    fingerprint: str
-    created_at: str
-    started_at: str | None
-    finished_at: str | None
-    updated_at: str
-    urls: dict[str, str]
-    failures: list[FailedAttempt]
-    retry_at: str | None
-    webhook: Webhook | None
     tasks: list[dict[str, Any]]
-    estimates: dict[str, int]
-    warnings: list[Problem]
 
 
 class Evaluation(Scoring):

@@ -18,7 +18,7 @@ from mergeyard.command import LOCAL, ApiKey, AsJson, Submit, Url, guarded, print
 
 if TYPE_CHECKING:
     from app.planning.plan import Plan
-    from app.sweeps.planning import PlannedSweep, SweptTask
+    from app.sweeps.planning import PlannedPoint, PlannedSweep, SweptTask
     from app.sweeps.results import Row, Scored
     from app.tasks.task import TaskScore
     from mergeyard.client import Client
@@ -61,7 +61,6 @@ def sweep(
     from app.sweeps.grid import expand
     from app.sweeps.results import best_of, rows_of
     from mergeyard import display
-    from mergeyard.client import Client
     from mergeyard.evaluate import DEVICES
 
     if device not in DEVICES:
@@ -73,6 +72,8 @@ def sweep(
     if submit:
         if out is not None:
             raise typer.BadParameter("is for sweeps on this machine; the service keeps its scores", param_hint="--out")
+        from mergeyard.client import Client
+
         found = _there(Client(url, api_key, retries=6), raw, axes, entries)
     else:
         found = _here(raw, axes, entries, _place(recipe), out, device)
@@ -134,6 +135,7 @@ def _here(
 
 def _scored(sweep: PlannedSweep, place: Here, out: Path | None, device: str) -> list[Scored]:
     """All that is scored, in order; what the file ``out`` has is not scored again, and what is new goes there."""
+    from app.planning.planner import plan_again
     from app.sweeps.results import Scored
     from mergeyard import display, local
     from worker.engine.kernels import load
@@ -142,19 +144,17 @@ def _scored(sweep: PlannedSweep, place: Here, out: Path | None, device: str) -> 
     known = {} if out is None else _kept(out)
     keys = {point.name: sweep.key_of(point) for point in sweep.points}
     missing = [point for point in sweep.points if keys[point.name] not in known]
-    waiting = iter(missing)
     with display.sweeping(len(missing)) as watch:
 
-        def plans() -> Iterator[Plan]:
+        def planned() -> Iterator[tuple[PlannedPoint, Plan]]:
             for point in missing:
-                plan = point.plan
+                plan = plan_again(point.resolved, point.plan_digest, place.resolver(), what="sweep")
                 if plan.remote:
                     with display.downloading() as on_bytes:
                         plan = local.fetch_remote(plan, place, lambda done, total: on_bytes(done, total, "sources"))
-                yield plan
+                yield point, plan
 
-        def keep(scores: tuple[TaskScore, ...]) -> None:
-            point = next(waiting)
+        def keep(point: PlannedPoint, scores: tuple[TaskScore, ...]) -> None:
             known[keys[point.name]] = scores
             watch.next()
             if out is not None:
@@ -164,7 +164,7 @@ def _scored(sweep: PlannedSweep, place: Here, out: Path | None, device: str) -> 
                     stream.write(json.dumps({**line, "scores": [asdict(score) for score in scores]}) + "\n")
 
         kernels = load(device)  # type: ignore[arg-type]
-        score_points(plans(), sweep.tasks, kernels=kernels, watch=watch, on_scored=keep)
+        score_points(planned(), sweep.tasks, kernels=kernels, watch=watch, on_scored=keep)
     return [Scored(name=point.name, settings=point.settings, scores=known[keys[point.name]]) for point in sweep.points]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -17,9 +17,8 @@ from app.artifacts.opening import open_store
 from app.artifacts.store import ArtifactStore
 from app.errors import NO_SPACE, MergeyardError
 from app.planning.plan import Plan
-from app.planning.planner import make_plan
+from app.planning.planner import plan_again
 from app.planning.reuse import changeable_files, reuse_key
-from app.recipe import parse_recipe
 from app.records.bell import Bell
 from app.records.database import Database
 from app.records.janitor import sweep
@@ -183,11 +182,7 @@ def _merge(place: Workplace, job: Job, lease: Lease) -> tuple[Mapping[str, Any],
 
     The artifact's row value and reuse key come back.
     """
-    plan = lease.persist(lambda: _plan_again(place, job))
-    while remote := plan.remote:
-        lease.stage(Stage.DOWNLOADING)
-        _transfer(place, remote).run(lease.progress, lease.check)
-        plan = lease.persist(lambda: _plan_again(place, job))
+    plan = _plan_here(place, job, lease, job.resolved, job.plan_digest, lease.progress)
     key = reuse_key(plan)
     lease.check()
     sink = lease.persist(lambda: StoreSink(place.store, place.jobs, job, lease.persist))
@@ -209,8 +204,8 @@ def _merge(place: Workplace, job: Job, lease: Lease) -> tuple[Mapping[str, Any],
 def _scoring(place: Workplace, job: Job, lease: Lease) -> Scoring:
     return Scoring(
         points=Points(place.jobs.database),
+        plan=lambda resolved, digest: _plan_here(place, job, lease, resolved, digest, lambda *_: None),
         resolver=lambda: _resolver(place, job),
-        fetch=lambda plan: _transfer(place, plan.remote).run(lambda *_: None, lease.check),
         kernels=place.kernels,
         threads=place.settings.threads,
     )
@@ -243,14 +238,26 @@ def _reusable(plan: Plan, key: str | None, job: Job, files: Sequence[StoredFile]
     return key == reuse_key(plan) and (of_this_attempt or not changeable_files(plan))
 
 
-def _plan_again(place: Workplace, job: Job) -> Plan:
-    """The plan, made from the files as they are now. Raises ``source_changed`` unless it is the submitted one."""
-    plan = make_plan(parse_recipe(job.resolved), _resolver(place, job))
-    if plan.digest != job.plan_digest:
-        raise MergeyardError(
-            "source_changed",
-            "A source's files, or Mergeyard's version, are not those the merge was planned with; submit it again.",
-        )
+def _plan_here(
+    place: Workplace,
+    job: Job,
+    lease: Lease,
+    resolved: Mapping[str, Any],
+    digest: str,
+    on_progress: Callable[[int, int], None],
+) -> Plan:
+    """The plan of a resolved recipe of the job, made from the files as they are now, all of them on this machine.
+
+    ``on_progress`` is told of the bytes that are fetched. Raises ``source_changed`` unless the plan is the one that
+    was submitted, which had this digest.
+    """
+
+    def plan_now() -> Plan:
+        return plan_again(resolved, digest, _resolver(place, job), what=job.kind)
+
+    while (plan := lease.persist(plan_now)).remote:
+        lease.stage(Stage.DOWNLOADING)
+        _transfer(place, plan.remote).run(on_progress, lease.check)
     return plan
 
 

@@ -76,4 +76,3 @@ FROM_A_MERGE = {
 FROM_A_SWEEP = links(OF_A_SWEEP, id="$response.body#/id")
 FROM_AN_EVALUATION = links(OF_AN_EVALUATION, id="$response.body#/id")
 FROM_FILES = links(OF_A_FILE, id="$request.path.id", path="$response.body#/items/0/name")
-FROM_EVENTS = links(("events",), id="$request.path.id", after="$response.body#/after")

@@ -64,6 +64,17 @@ class Running(BaseModel):
         None, description="Who is told when it has ended: a URL, or with it the ends that it is told of"
     )
 
+    def wanted(self, retention_seconds: int | None) -> dict[str, Any]:
+        """Of a ``NewJob``, the fields that say so; ``retention_seconds`` is the life of what asks for none."""
+        return {
+            "queue": self.queue,
+            "priority": self.priority,
+            "labels": self.labels,
+            "pinned": self.pinned,
+            "webhook": None if self.webhook is None else self.webhook.model_dump(mode="json"),
+            "expires_in": self.expires_in or retention_seconds,
+        }
+
     def canonical(self) -> dict[str, Any]:
         """The same value for requests that mean the same."""
         rest = self.model_dump(mode="json", exclude={"webhook"}, exclude_none=True)
@@ -98,7 +109,7 @@ class Submission(BaseModel):
 
 async def body_of(request: Request) -> tuple[str, bytes]:
     """The media type and the body, bounded by the middleware. Raises `unsupported_media_type`."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = _media_type(request)
     if media_type not in JSON_TYPES | YAML_TYPES:
         sent = f"{media_type[:80]!r} is not accepted" if media_type else "The Content-Type is missing"
         message = f"{sent}: send application/json (an envelope with `recipe`) or application/yaml (a bare recipe)."
@@ -111,8 +122,7 @@ Body = Annotated[tuple[str, bytes], Depends(body_of)]
 
 async def json_of(request: Request) -> bytes:
     """The body of what takes JSON alone. Raises `unsupported_media_type`."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type not in JSON_TYPES:
+    if _media_type(request) not in JSON_TYPES:
         raise MergeyardError("unsupported_media_type", "Send a JSON object, as application/json.")
     return await request.body()
 
@@ -137,7 +147,7 @@ def read_submission(media_type: str, body: bytes, hosts: Allowed) -> Submission:
             recipe = _recipe(raw["recipe"])
         except MergeyardError as error:
             problems.extend(error.problems)
-    envelope, wrong = read_running(Envelope, raw, hosts, within=("recipe",))
+    envelope, wrong = read_running(Envelope, raw, hosts, with_recipe=True)
     problems.extend(wrong)
     if problems:
         raise MergeyardError.of(problems)
@@ -146,14 +156,14 @@ def read_submission(media_type: str, body: bytes, hosts: Allowed) -> Submission:
 
 
 def read_running(
-    model: type[AnyRunning], raw: Mapping[str, Any], hosts: Allowed, *, within: tuple[str, ...] = ()
+    model: type[AnyRunning], raw: Mapping[str, Any], hosts: Allowed, *, with_recipe: bool
 ) -> tuple[AnyRunning | None, list[Problem]]:
-    """How to run a job, or everything that is wrong with that. What is ``within`` these keys somebody else judges."""
-    problems = [
-        unknown_key(key[:100], model.model_fields, key[:100])
-        for key in raw
-        if key not in model.model_fields and all(name in raw for name in within)
-    ]
+    """How to run a job, or everything that is wrong with that.
+
+    ``with_recipe``: there must be one, which somebody else judges; without it the other keys may be a bare one's.
+    """
+    unknown = [] if with_recipe and "recipe" not in raw else [key for key in raw if key not in model.model_fields]
+    problems = [unknown_key(key[:100], model.model_fields, key[:100]) for key in unknown]
     found: AnyRunning | None = None
     try:
         found = model.model_validate({key: value for key, value in raw.items() if key in model.model_fields})
@@ -164,19 +174,19 @@ def read_running(
         problems.extend(
             Problem(code="request_invalid", message=f"{wrong['msg']}.", where=place(wrong["loc"]))
             for wrong in error.errors()
-            if wrong["loc"][:1] not in {(name,) for name in within}
+            if not (with_recipe and wrong["loc"][:1] == ("recipe",))
         )
     return found, problems
 
 
-def read_json(model: type[AnyRunning], body: bytes, hosts: Allowed, *, within: tuple[str, ...] = ()) -> AnyRunning:
-    """A request that is JSON alone; ``within`` may name ``recipe``, which is checked for being one, and not parsed.
+def read_json(model: type[AnyRunning], body: bytes, hosts: Allowed, *, with_recipe: bool = False) -> AnyRunning:
+    """A request that is JSON alone; a recipe in it (``with_recipe``) is not parsed.
 
     Raises MergeyardError as ``read_submission`` does.
     """
     raw = load(body)
-    problems = _recipe_is_there(raw) if within else []
-    found, wrong = read_running(model, raw, hosts, within=within)
+    problems = _recipe_is_there(raw) if with_recipe else []
+    found, wrong = read_running(model, raw, hosts, with_recipe=with_recipe)
     problems.extend(wrong)
     problems.extend(problem for name, value in raw.items() if name != "labels" for problem in unstorable(value, name))
     if problems or found is None:
@@ -203,6 +213,10 @@ def load(body: bytes) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise MergeyardError("request_invalid", "The body must be a JSON object.")
     return raw
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _recipe_is_there(raw: Mapping[str, Any]) -> list[Problem]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from fastapi import Response
 from pydantic import Field
 
-from app.api.answers import FROM_AN_EVALUATION, JOB_HEADERS, LOCATION
+from app.api.answers import FROM_AN_EVALUATION
 from app.api.callers import Merging
-from app.api.envelope import JsonBody, Running, canonical, read_json
+from app.api.envelope import JsonBody, Running, read_json
 from app.api.examples import EVALUATION, json_body, schema_of
-from app.api.jobs import Asked, IdempotencyKey, Problem, describe, idempotency, queue
-from app.api.scored import Evaluation, scoring_url
-from app.api.scoring import endpoints, new_job
+from app.api.jobs import Asked, IdempotencyKey, accepted, queue, submitted_at
+from app.api.scoring import as_sent, ask, endpoints
+from app.api.scoring_schemas import Evaluation
 from app.api.service import Service, Serving
 from app.recipe.evaluation import MAX_TASKS, TaskEntry
 from app.records.job import Kind
 from app.records.key import Caller
-from app.sweeps.planning import plan_evaluation
+from app.sources.resolver import Resolver
+from app.sweeps.planning import PlannedSweep, plan_evaluation
 
 router = endpoints(Kind.EVALUATION, Evaluation)
 
@@ -37,15 +38,7 @@ class EvaluationRequest(Running):
     status_code=202,
     response_model=Evaluation,
     summary="Submit an evaluation",
-    responses={
-        202: {"headers": {**JOB_HEADERS, "Location": LOCATION}, "links": FROM_AN_EVALUATION},
-        413: Problem,
-        415: Problem,
-        422: Problem,
-        429: Problem,
-        503: Problem,
-        507: Problem,
-    },
+    responses=accepted(FROM_AN_EVALUATION),
     openapi_extra=json_body(schema_of(EvaluationRequest), "A base with an adapter on it", EVALUATION),
 )
 async def submit_evaluation(
@@ -53,23 +46,15 @@ async def submit_evaluation(
 ) -> Evaluation:
     """Check the model and the tasks, and queue the evaluation. Everything wrong with it is answered at once (422)."""
     job = await queue(serving, caller, lambda: _asked(serving, caller, body, idempotency_key))
-    response.headers["Location"] = scoring_url(job)
-    describe(response, job)
+    submitted_at(response, job)
     return Evaluation.of(job, serving.points.of(job.id))
 
 
 def _asked(serving: Service, caller: Caller, body: bytes, key: str | None) -> Asked:
-    """The job to submit and its key, or the job that the key has made."""
     request = read_json(EvaluationRequest, body, serving.webhook_hosts)
-    tasks = [task.model_dump(mode="json", exclude_none=True, exclude_defaults=True) for task in request.tasks]
-    asked = {"model": request.model, "tasks": tasks}
-    made_by = idempotency(caller.owner, key, canonical({**request.canonical(), **asked, "kind": Kind.EVALUATION}))
-    earlier = serving.jobs.earlier(made_by) if made_by else None
-    if earlier is not None:
-        return earlier
-    merges: set[str] = set()
-    planned = plan_evaluation(request.model, request.tasks, serving.resolver(caller.owner, merges))
-    new = new_job(
-        Kind.EVALUATION, asked, request, planned, owner=caller.owner, settings=serving.settings, merges=merges
-    )
-    return new, made_by, None
+    asked = {"model": request.model, "tasks": as_sent(request.tasks)}
+
+    def plan(resolver: Resolver) -> PlannedSweep:
+        return plan_evaluation(request.model, request.tasks, resolver)
+
+    return ask(serving, caller, Kind.EVALUATION, request, asked, key, plan)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from app.api.eventstream import PAGE, EventStream, wants_stream
+from app.api.answers import JOB_HEADERS, LOCATION, links
+from app.api.eventstream import MEDIA_TYPE, PAGE, EventStream, wants_stream
 from app.api.limits import network
 from app.api.ranges import none_match
-from app.api.schemas import EventPage, MergeEvent, ProblemDocument
+from app.api.schemas import EventPage, MergeEvent, ProblemDocument, job_url
 from app.api.service import Service
 from app.errors import MergeyardError
 from app.records.following import Standing
@@ -37,6 +38,35 @@ LastEventId = Annotated[
 Problem: dict[str, Any] = {"model": ProblemDocument}
 
 Asked = Job | tuple[NewJob, Idempotency | None, str | None]  # a job that is there, or one to queue
+
+
+def accepted(leads_to: Mapping[str, Any], *others: int) -> dict[int | str, dict[str, Any]]:
+    """The answers of an endpoint that submits a job; ``leads_to``: links; ``others``: statuses
+    beside those that all of them have."""
+    return {
+        202: {"headers": {**JOB_HEADERS, "Location": LOCATION}, "links": leads_to},
+        **dict.fromkeys(sorted((*others, 413, 415, 422, 429, 503, 507)), Problem),
+    }
+
+
+def event_answers(operation: str, happened: str) -> dict[int | str, dict[str, Any]]:
+    """The answers of the endpoint of a job's events, which is called ``operation``; one of them is ``happened``."""
+    return {
+        200: {
+            "description": "A page of events; with `Accept: text/event-stream`, those that are there and those to come",
+            "content": {
+                MEDIA_TYPE: {
+                    "schema": {"type": "string"},
+                    "example": f"id: 7\nevent: {happened}\ndata: {{…}}\n\nevent: progress\ndata: {{…}}\n\n",
+                }
+            },
+            "links": links((operation,), id="$request.path.id", after="$response.body#/after"),
+        },
+        204: {"description": "Of a stream: it has ended, and the client knows all of it. An EventSource stops"},
+        404: Problem,
+        422: Problem,
+        503: {**Problem, "description": "No event stream is free, or the database is away"},
+    }
 
 
 async def queue(serving: Service, caller: Caller, ask: Callable[[], Asked]) -> Job:
@@ -63,6 +93,12 @@ def unchanged(response: Response, job: Job, if_none_match: str | None) -> Respon
     answer = Response(status_code=304)
     describe(answer, job)
     return answer
+
+
+def submitted_at(response: Response, job: Job) -> None:
+    """The headers of the answer to a submission."""
+    response.headers["Location"] = job_url(job)
+    describe(response, job)
 
 
 def describe(response: Response, job: Job) -> None:

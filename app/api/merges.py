@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.answers import FROM_A_MERGE, FROM_EVENTS, JOB_HEADERS, LOCATION, NEXT_PAGE
+from app.api.answers import FROM_A_MERGE, JOB_HEADERS, NEXT_PAGE
 from app.api.callers import Merging, Reading
 from app.api.envelope import Body, Envelope, Submission, read_submission, submitted
-from app.api.eventstream import MEDIA_TYPE
 from app.api.examples import schema_of, submission_body
 from app.api.jobs import (
     After,
@@ -22,11 +21,14 @@ from app.api.jobs import (
     LastEventId,
     Limit,
     Problem,
+    accepted,
     describe,
+    event_answers,
     events_of,
     idempotency,
     link_next,
     queue,
+    submitted_at,
     unchanged,
 )
 from app.api.schemas import (
@@ -36,7 +38,6 @@ from app.api.schemas import (
     MergePlan,
     MergeSummary,
     estimates,
-    merge_url,
 )
 from app.api.service import Service, Serving
 from app.planning.plan import Plan
@@ -54,15 +55,7 @@ router = APIRouter(prefix="/merges", tags=["merges"])
     status_code=202,
     response_model=Merge,
     summary="Submit a merge",
-    responses={
-        202: {"headers": {**JOB_HEADERS, "Location": LOCATION}, "links": FROM_A_MERGE},
-        413: Problem,
-        415: Problem,
-        422: Problem,
-        429: Problem,
-        503: Problem,
-        507: Problem,
-    },
+    responses=accepted(FROM_A_MERGE),
     openapi_extra=submission_body(schema_of(Envelope)),
 )
 async def submit(
@@ -77,8 +70,7 @@ async def submit(
     same fingerprint, whose sources nobody has touched since, it has succeeded at once (`reused`); `force` merges anew.
     """
     job = await accept(serving, caller, body, idempotency_key)
-    response.headers["Location"] = merge_url(job.id)
-    describe(response, job)
+    submitted_at(response, job)
     return Merge.of(job)
 
 
@@ -139,25 +131,12 @@ def get_merge(
     return unchanged(response, job, if_none_match) or Merge.of(job)
 
 
-EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "A page of events; with `Accept: text/event-stream`, those that are there and those to come",
-        "content": {
-            MEDIA_TYPE: {
-                "schema": {"type": "string"},
-                "example": "id: 7\nevent: claimed\ndata: {…}\n\nevent: progress\ndata: {…}\n\n",
-            }
-        },
-        "links": FROM_EVENTS,
-    },
-    204: {"description": "Of a stream: the merge has ended, and the client knows all of it. An EventSource stops"},
-    404: Problem,
-    422: Problem,
-    503: {**Problem, "description": "No event stream is free, or the database is away"},
-}
-
-
-@router.get("/{id}/events", response_model=EventPage, summary="What happened to a merge", responses=EVENTS)
+@router.get(
+    "/{id}/events",
+    response_model=EventPage,
+    summary="What happened to a merge",
+    responses=event_answers("events", "claimed"),
+)
 def events(
     caller: Reading,
     id: Id,
@@ -254,14 +233,9 @@ def _new_job(submission: Submission, plan: Plan, owner: str, settings: Settings,
         estimates=estimates(plan),
         warnings=[warning.as_json() for warning in plan.warnings],
         total_bytes=plan.estimates.disk_bytes,
-        queue=envelope.queue,
-        priority=envelope.priority,
         owner=owner,
-        labels=envelope.labels,
         max_attempts=settings.max_attempts,
-        pinned=envelope.pinned,
-        webhook=None if envelope.webhook is None else envelope.webhook.model_dump(mode="json"),
-        expires_in=envelope.expires_in or settings.retention_seconds,
+        **envelope.wanted(settings.retention_seconds),
         merges=merges,
         reuse_key=reuse_key(plan),
     )

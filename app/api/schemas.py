@@ -101,8 +101,8 @@ class MergeUrls(Document):
     archive: str
 
 
-class MergeSummary(Document):
-    """A merge as lists show it."""
+class JobSummary(Document):
+    """What lists show of any kind of job."""
 
     id: str
     kind: str
@@ -115,17 +115,23 @@ class MergeSummary(Document):
     labels: dict[str, str]
     attempt: int
     max_attempts: int
-    progress: Progress
     error: Failure | None
-    artifact: ArtifactSummary | None
-    reused: bool = Field(description="The artifact is one that an equal merge of yours had made before")
     pinned: bool = Field(description="It does not expire")
     expires_at: datetime | None = Field(description="When it will be deleted, unless it is pinned or in use then")
-    fingerprint: str = Field(description="sha256 over the resolved recipe, its files' pins and the engine's version")
+    fingerprint: str
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     updated_at: datetime
+
+
+class MergeSummary(JobSummary):
+    """A merge as lists show it."""
+
+    progress: Progress
+    artifact: ArtifactSummary | None
+    reused: bool = Field(description="The artifact is one that an equal merge of yours had made before")
+    fingerprint: str = Field(description="sha256 over the resolved recipe, its files' pins and the engine's version")
     urls: MergeUrls
 
     @classmethod
@@ -159,14 +165,10 @@ class Merge(MergeSummary):
     def of(cls, job: Job) -> Merge:
         return cls(
             **_summary(job),
+            **job_details(job),
             recipe=dict(job.recipe),
-            webhook=None if job.webhook is None else WebhookDocument(**job.webhook),
-            failures=[FailedAttempt(**failure) for failure in job.failures],
-            retry_at=job.retry_at,
             waits_for=job.waits_for,
             resolved=dict(job.resolved),
-            estimates=dict(job.estimates),
-            warnings=[ProblemItem(**warning) for warning in job.warnings],
             evaluation=[Score(**score) for score in (job.artifact or {}).get("evaluation", [])],
         )
 
@@ -369,6 +371,10 @@ class Readiness(Document):
     data: str
 
 
+def job_url(job: Listed) -> str:
+    return f"/{job.kind}s/{job.id}"
+
+
 def merge_url(job_id: str) -> str:
     return f"/merges/{job_id}"
 
@@ -403,9 +409,8 @@ def _planned(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _summary(job: Listed) -> dict[str, Any]:
-    url = merge_url(job.id)
-    done = job.total_bytes if job.status is Status.SUCCEEDED else min(job.progress_bytes, job.total_bytes)
+def job_summary(job: Listed) -> dict[str, Any]:
+    """The fields of ``JobSummary``."""
     return {
         "id": job.id,
         "kind": job.kind,
@@ -418,14 +423,7 @@ def _summary(job: Listed) -> dict[str, Any]:
         "labels": dict(job.labels),
         "attempt": job.attempt,
         "max_attempts": job.max_attempts,
-        "progress": Progress(
-            bytes_done=done,
-            bytes_total=job.total_bytes,
-            fraction=done / job.total_bytes if job.total_bytes else 0.0,
-        ),
-        "error": failure_of(job.error),
-        "artifact": _artifact(job.artifact),
-        "reused": job.reused,
+        "error": _failure(job.error),
         "pinned": job.pinned,
         "expires_at": None if job.pinned else job.expires_at,
         "fingerprint": job.plan_digest,
@@ -433,6 +431,32 @@ def _summary(job: Listed) -> dict[str, Any]:
         "started_at": job.started_at,
         "finished_at": job.finished_at,
         "updated_at": job.updated_at,
+    }
+
+
+def job_details(job: Job) -> dict[str, Any]:
+    """What the documents of all kinds have beside their summary."""
+    return {
+        "webhook": None if job.webhook is None else WebhookDocument(**job.webhook),
+        "failures": [FailedAttempt(**failure) for failure in job.failures],
+        "retry_at": job.retry_at,
+        "estimates": dict(job.estimates),
+        "warnings": [ProblemItem(**warning) for warning in job.warnings],
+    }
+
+
+def _summary(job: Listed) -> dict[str, Any]:
+    url = job_url(job)
+    done = job.total_bytes if job.status is Status.SUCCEEDED else min(job.progress_bytes, job.total_bytes)
+    return {
+        **job_summary(job),
+        "progress": Progress(
+            bytes_done=done,
+            bytes_total=job.total_bytes,
+            fraction=done / job.total_bytes if job.total_bytes else 0.0,
+        ),
+        "artifact": _artifact(job.artifact),
+        "reused": job.reused,
         "urls": MergeUrls(
             self=url,
             events=f"{url}/events",
@@ -443,8 +467,7 @@ def _summary(job: Listed) -> dict[str, Any]:
     }
 
 
-def failure_of(error: Mapping[str, Any] | None) -> Failure | None:
-    """Why a job failed, as its row has it."""
+def _failure(error: Mapping[str, Any] | None) -> Failure | None:
     if error is None:
         return None
     return Failure(

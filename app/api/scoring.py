@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
-from app.api.answers import FROM_A_SWEEP, FROM_AN_EVALUATION, JOB_HEADERS, NEXT_PAGE, links
+from app.api.answers import FROM_A_SWEEP, FROM_AN_EVALUATION, JOB_HEADERS, NEXT_PAGE
 from app.api.callers import Merging, Reading
-from app.api.envelope import Running
-from app.api.eventstream import MEDIA_TYPE
+from app.api.envelope import Running, canonical
 from app.api.jobs import (
     After,
+    Asked,
     Id,
     IfNoneMatch,
     LastEventId,
     Limit,
     Problem,
     describe,
+    event_answers,
     events_of,
+    idempotency,
     link_next,
     unchanged,
 )
 from app.api.schemas import EventPage
-from app.api.scored import Evaluation, ScoringPage, ScoringSummary, Sweep
-from app.api.service import Serving
+from app.api.scoring_schemas import Evaluation, ScoringPage, ScoringSummary, Sweep
+from app.api.service import Service, Serving
 from app.api.webhooks import DeliveryList, deliveries_of
+from app.recipe.evaluation import TaskEntry
 from app.records.job import POINT_UNITS, Kind, NewJob, NewPoint, Status
+from app.records.key import Caller
 from app.settings import Settings
+from app.sources.resolver import Resolver
 from app.sweeps.planning import PlannedSweep
+
+
+def ask(
+    serving: Service,
+    caller: Caller,
+    kind: Kind,
+    running: Running,
+    asked: Mapping[str, Any],
+    key: str | None,
+    plan: Callable[[Resolver], PlannedSweep],
+) -> Asked:
+    """The job to submit and its key, or the job that the Idempotency-Key has made. ``asked``: what ``running`` is of.
+
+    Raises what ``plan`` raises.
+    """
+    made_by = idempotency(caller.owner, key, canonical({**running.canonical(), **asked, "kind": kind}))
+    earlier = serving.jobs.earlier(made_by) if made_by else None
+    if earlier is not None:
+        return earlier
+    merges: set[str] = set()
+    planned = plan(serving.resolver(caller.owner, merges))
+    new = new_job(kind, asked, running, planned, owner=caller.owner, settings=serving.settings, merges=merges)
+    return new, made_by, None
+
+
+def as_sent(tasks: Sequence[TaskEntry]) -> list[dict[str, Any]]:
+    """What was written of each task, and no defaults."""
+    return [task.model_dump(mode="json", exclude_none=True, exclude_defaults=True) for task in tasks]
 
 
 def new_job(
@@ -43,33 +76,27 @@ def new_job(
     merges: Collection[str],
 ) -> NewJob:
     """The job of what was planned. ``asked``: as it was submitted; ``merges``: the ids of those that it reads."""
-    last = planned.points[-1].plan
-    warnings = {(item.code, item.where): item for point in planned.points for item in point.plan.warnings}
+    warnings = {(item.code, item.where): item for point in planned.points for item in point.warnings}
     return NewJob(
         kind=kind,
         recipe=asked,
         resolved={"tasks": planned.resolved_tasks},
-        method=last.method,
+        method=planned.points[-1].method,
         plan_digest=planned.digest,
         estimates={"points": len(planned.points), "peak_memory_bytes": planned.peak_memory_bytes},
         warnings=[warning.as_json() for warning in warnings.values()],
         total_bytes=POINT_UNITS * len(planned.points),
-        queue=running.queue,
-        priority=running.priority,
         owner=owner,
-        labels=running.labels,
         max_attempts=settings.max_attempts,
-        pinned=running.pinned,
-        webhook=None if running.webhook is None else running.webhook.model_dump(mode="json"),
-        expires_in=running.expires_in or settings.retention_seconds,
+        **running.wanted(settings.retention_seconds),
         merges=merges,
         points=[
             NewPoint(
                 name=point.name,
                 settings=point.settings,
                 recipe=point.recipe,
-                resolved=point.plan.recipe,
-                plan_digest=point.plan.digest,
+                resolved=point.resolved,
+                plan_digest=point.plan_digest,
             )
             for point in planned.points
         ],
@@ -127,7 +154,7 @@ def endpoints(kind: Kind, document: type[Evaluation] | type[Sweep]) -> APIRouter
         name=f"{kind}_events",
         response_model=EventPage,
         summary=f"What happened to {a_job}",
-        responses=_event_answers(f"{kind}_events"),
+        responses=event_answers(f"{kind}_events", "point"),
     )
     def events(
         caller: Reading,
@@ -183,23 +210,3 @@ def endpoints(kind: Kind, document: type[Evaluation] | type[Sweep]) -> APIRouter
         return deliveries_of(serving, caller, id, kind)
 
     return router
-
-
-def _event_answers(operation: str) -> dict[int | str, dict[str, Any]]:
-    """The answers of the endpoint of a job's events, which is called ``operation``."""
-    return {
-        200: {
-            "description": "A page of events; with `Accept: text/event-stream`, those that are there and those to come",
-            "content": {
-                MEDIA_TYPE: {
-                    "schema": {"type": "string"},
-                    "example": "id: 7\nevent: point\ndata: {…}\n\nevent: progress\ndata: {…}\n\n",
-                }
-            },
-            "links": links((operation,), id="$request.path.id", after="$response.body#/after"),
-        },
-        204: {"description": "Of a stream: it has ended, and the client knows all of it. An EventSource stops"},
-        404: Problem,
-        422: Problem,
-        503: {**Problem, "description": "No event stream is free, or the database is away"},
-    }

@@ -10,22 +10,23 @@ from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from app.api.answers import FROM_A_MERGE, FROM_A_SWEEP, JOB_HEADERS, LOCATION
+from app.api.answers import FROM_A_MERGE, FROM_A_SWEEP
 from app.api.callers import Merging
-from app.api.envelope import JsonBody, Running, canonical, read_json
+from app.api.envelope import JsonBody, Running, read_json
 from app.api.examples import SWEEP, json_body, schema_of
-from app.api.jobs import Asked, Id, IdempotencyKey, Problem, describe, idempotency, queue
+from app.api.jobs import Asked, Id, IdempotencyKey, accepted, queue, submitted_at
 from app.api.merges import accept
-from app.api.schemas import Merge, merge_url
-from app.api.scored import Sweep, scoring_url
-from app.api.scoring import endpoints, new_job
+from app.api.schemas import Merge
+from app.api.scoring import as_sent, ask, endpoints
+from app.api.scoring_schemas import Sweep, best_point, in_grid, sweep_rows
 from app.api.service import Service, Serving
 from app.errors import MergeyardError
 from app.recipe import parse_recipe
 from app.recipe.evaluation import MAX_TASKS
 from app.records.job import Job, Kind
 from app.records.key import Caller
-from app.sweeps.planning import SweptTask, plan_sweep
+from app.sources.resolver import Resolver
+from app.sweeps.planning import PlannedSweep, SweptTask, plan_sweep
 
 router = endpoints(Kind.SWEEP, Sweep)
 
@@ -54,15 +55,7 @@ class Chosen(Running):
     status_code=202,
     response_model=Sweep,
     summary="Submit a sweep",
-    responses={
-        202: {"headers": {**JOB_HEADERS, "Location": LOCATION}, "links": FROM_A_SWEEP},
-        413: Problem,
-        415: Problem,
-        422: Problem,
-        429: Problem,
-        503: Problem,
-        507: Problem,
-    },
+    responses=accepted(FROM_A_SWEEP),
     openapi_extra=json_body(schema_of(SweepRequest), "Four points, one task", SWEEP),
 )
 async def submit_sweep(
@@ -74,8 +67,7 @@ async def submit_sweep(
     base, and by itself each model that a task names (`source`), to tell what share of its gain a point keeps.
     """
     job = await queue(serving, caller, lambda: _asked(serving, caller, body, idempotency_key))
-    response.headers["Location"] = scoring_url(job)
-    describe(response, job)
+    submitted_at(response, job)
     return Sweep.of(job, serving.points.of(job.id))
 
 
@@ -84,17 +76,7 @@ async def submit_sweep(
     status_code=202,
     response_model=Merge,
     summary="Merge a point of a sweep",
-    responses={
-        202: {"headers": {**JOB_HEADERS, "Location": LOCATION}, "links": FROM_A_MERGE},
-        404: Problem,
-        409: Problem,
-        413: Problem,
-        415: Problem,
-        422: Problem,
-        429: Problem,
-        503: Problem,
-        507: Problem,
-    },
+    responses=accepted(FROM_A_MERGE, 404, 409),
     openapi_extra=json_body(schema_of(Chosen), "The first point; without `point` the best", {"point": 0}),
 )
 async def merge_of_sweep(
@@ -109,8 +91,7 @@ async def merge_of_sweep(
     chosen = read_json(Chosen, body, serving.webhook_hosts)
     envelope = chosen.model_dump(mode="json", exclude={"point"}, exclude_none=True)
     job = await merge_point(serving, caller, id, chosen.point, envelope, idempotency_key)
-    response.headers["Location"] = merge_url(job.id)
-    describe(response, job)
+    submitted_at(response, job)
     return Merge.of(job)
 
 
@@ -132,28 +113,23 @@ def _recipe_of(serving: Service, caller: Caller, job_id: str, number: int | None
     """That of a point. Raises `not_found`, `conflict` where none is scored yet, `request_invalid` for no such point."""
     job = serving.jobs.get(job_id, by=caller, kind=Kind.SWEEP)
     points = serving.points.of(job_id)
-    found = Sweep.of(job, points)
     if number is None:
-        number = found.best
+        number = best_point(sweep_rows(job, points), points)
     if number is None:
         raise MergeyardError("conflict", "No point is scored yet, so none is the best; say which `point` you want.")
-    if number >= len(found.points):
-        message = f"The sweep has {len(found.points)} points, counted from 0."
+    known = in_grid(points)
+    if number >= len(known):
+        message = f"The sweep has {len(known)} points, counted from 0."
         raise MergeyardError("request_invalid", message, where="point")
-    return next(point.recipe for point in points if point.name == f"point {number}")
+    return serving.points.recipe(job_id, known[number].number)
 
 
 def _asked(serving: Service, caller: Caller, body: bytes, key: str | None) -> Asked:
-    """The job to submit and its key, or the job that the key has made."""
-    request = read_json(SweepRequest, body, serving.webhook_hosts, within=("recipe",))
+    request = read_json(SweepRequest, body, serving.webhook_hosts, with_recipe=True)
     recipe = parse_recipe(request.recipe).as_sent()
-    tasks = [task.model_dump(mode="json", exclude_none=True, exclude_defaults=True) for task in request.tasks]
-    asked = {"recipe": recipe, "grid": request.grid, "tasks": tasks}
-    made_by = idempotency(caller.owner, key, canonical({**request.canonical(), **asked, "kind": Kind.SWEEP}))
-    earlier = serving.jobs.earlier(made_by) if made_by else None
-    if earlier is not None:
-        return earlier
-    merges: set[str] = set()
-    planned = plan_sweep(recipe, request.grid, request.tasks, serving.resolver(caller.owner, merges))
-    new = new_job(Kind.SWEEP, asked, request, planned, owner=caller.owner, settings=serving.settings, merges=merges)
-    return new, made_by, None
+    asked = {"recipe": recipe, "grid": request.grid, "tasks": as_sent(request.tasks)}
+
+    def plan(resolver: Resolver) -> PlannedSweep:
+        return plan_sweep(recipe, request.grid, request.tasks, resolver)
+
+    return ask(serving, caller, Kind.SWEEP, request, asked, key, plan)

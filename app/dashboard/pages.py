@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import RedirectResponse, Response
 
-from app.dashboard import frame, listed, merge, new, overview, scored, sign_in
+from app.dashboard import frame, listed, merge, new, overview, scoring, sign_in
 from app.dashboard.frame import ROOT
 
 entrance = APIRouter(include_in_schema=False)
@@ -25,6 +25,6 @@ ROUTERS = (
     listed.router,
     new.router,
     merge.router,
-    scored.sweeps,
-    scored.evaluations,
+    scoring.sweeps,
+    scoring.evaluations,
 )

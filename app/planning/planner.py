@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from app.errors import MergeyardError, Problem
 from app.planning.adapter_output import CONFIG_NAME, adapter_output, problems_of_adapter
@@ -25,7 +26,7 @@ from app.planning.resolving import ResolvedSource, resolve
 from app.planning.tasks import plan_tasks, section
 from app.planning.vocabulary import differing, plan_vocabulary
 from app.planning.warnings import warnings_of
-from app.recipe import Recipe, SourceEntry
+from app.recipe import Recipe, SourceEntry, parse_recipe
 from app.recipe.grammar import shard_bytes
 from app.recipe.methods import METHODS, MethodSpec
 from app.sources.references import model_of, split_adapter
@@ -67,6 +68,21 @@ def make_plan(recipe: Recipe, resolver: Resolver) -> Plan:
     if problems:
         raise MergeyardError.of(problems)
     return _together(plans, named=recipe.earlier)
+
+
+def plan_again(resolved: Mapping[str, Any], digest: str, resolver: Resolver, *, what: str) -> Plan:
+    """The plan of a resolved recipe, made from the files as they are now.
+
+    Raises:
+        MergeyardError: `source_changed` unless it is the plan of ``digest``, with which ``what`` was planned.
+    """
+    plan = make_plan(parse_recipe(resolved), resolver)
+    if plan.digest != digest:
+        message = (
+            f"A source's files, or Mergeyard's version, are not those the {what} was planned with; submit it again."
+        )
+        raise MergeyardError("source_changed", message)
+    return plan
 
 
 def _bases_with_adapters(document: Recipe, resolver: Resolver, made: dict[str, ModelSource]) -> Iterator[Plan]:

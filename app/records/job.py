@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from app.artifacts.manifest import StoredFile
+from app.tasks.task import TaskScore
 
 
 class Kind(StrEnum):
@@ -144,12 +145,23 @@ class NewPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point(NewPoint):
-    """A row of ``points``, ``number`` from 0 in the order of scoring. ``scores``: a TaskScore a task, once made."""
+class Point:
+    """Of a row of ``points``, what is shown; ``number`` from 0 in the order of scoring. ``scores``: one a task."""
 
     number: int
-    scores: tuple[Mapping[str, Any], ...] | None
+    name: str
+    settings: Mapping[str, Any] | None
+    scores: tuple[TaskScore, ...] | None
     scored_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unscored:
+    """Of a row of ``points`` without scores, what its worker needs."""
+
+    number: int
+    resolved: Mapping[str, Any]
+    plan_digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,9 +112,9 @@ def publish(job: Job, now: datetime, *, artifact: Mapping[str, Any]) -> Change:
     )
 
 
-def score_point(job: Job, now: datetime, *, number: int, scores: Sequence[Mapping[str, Any]]) -> Change:  # noqa: ARG001
+def score_point(job: Job, now: datetime, *, number: int, scores: Sequence[TaskScore]) -> Change:  # noqa: ARG001
     """A point of a sweep was scored; the caller keeps the scores in ``points``. That is progress."""
-    event: Happening = ("point", {"number": number, "scores": {score["name"]: score["score"] for score in scores}})
+    event: Happening = ("point", {"number": number, "scores": {score.name: score.score for score in scores}})
     return Change(values={"progress_at": now}, events=(event,))
 
 

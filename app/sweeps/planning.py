@@ -15,7 +15,7 @@ from pydantic import Field
 
 from app.errors import MergeyardError, Problem
 from app.planning.output import has_chat_template, scoring_bytes
-from app.planning.plan import Plan, PlannedTask
+from app.planning.plan import Estimates, Plan, PlannedTask
 from app.planning.planner import make_plan
 from app.planning.tasks import read_tasks, section
 from app.recipe import parse_recipe
@@ -34,21 +34,23 @@ class SweptTask(TaskEntry):
         None, ge=0, lt=1000, strict=True, description="The number of the model it belongs to, from 0"
     )
 
-    def entry(self) -> TaskEntry:
-        return TaskEntry(**self.model_dump(exclude={"source"}))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedPoint:
     """What is merged and scored: a point of the grid, or (``settings`` None) something that points are held against.
 
-    ``recipe`` is as somebody would have written it.
+    ``recipe`` is as somebody would have written it, ``resolved`` and the rest are of its plan. The plan itself is made
+    again by whoever scores the point: those of a thousand points would fill the memory.
     """
 
     name: str
     settings: Mapping[str, Any] | None
     recipe: Mapping[str, Any]
-    plan: Plan
+    resolved: Mapping[str, Any]
+    plan_digest: str
+    method: str
+    estimates: Estimates
+    warnings: tuple[Problem, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,19 +64,17 @@ class PlannedSweep:
     @property
     def digest(self) -> str:
         """sha256 hex over all that is merged and what is asked."""
-        text = json.dumps([[point.plan.digest for point in self.points], section(self.tasks)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _digest([point.plan_digest for point in self.points], self.tasks)
 
     def key_of(self, point: PlannedPoint) -> str:
         """sha256 hex, the same for the same merge and the same tasks."""
-        text = json.dumps([point.plan.digest, section(self.tasks)], sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _digest(point.plan_digest, self.tasks)
 
     @property
     def peak_memory_bytes(self) -> int:
         """The model that becomes every point, and the largest point's merge into it."""
-        plans = [point.plan.estimates for point in self.points]
-        return max(map(scoring_bytes, plans)) + max(plan.peak_memory_bytes for plan in plans)
+        estimates = [point.estimates for point in self.points]
+        return max(map(scoring_bytes, estimates)) + max(one.peak_memory_bytes for one in estimates)
 
     @property
     def resolved_tasks(self) -> list[dict[str, Any]]:
@@ -94,30 +94,32 @@ def alone(index: int) -> str:
 def plan_sweep(
     recipe: Mapping[str, Any], axes: Axes, tasks: Sequence[SweptTask], resolver: Resolver, *, where: str = "tasks"
 ) -> PlannedSweep:
-    """The base, each source that a task belongs to, and every point of the grid. ``where``: the place of the tasks.
+    """The base, each source that a task belongs to, and every point of the grid.
+
+    ``recipe``: as ``Recipe.as_sent`` has it. ``where``: the place of the tasks.
 
     Raises:
         MergeyardError: `grid_invalid`, what `read_tasks` raises, and of the first point that cannot be planned what
             `make_plan` raises, with the point's settings.
     """
     resolver = replace(resolver, read={})
-    parsed = parse_recipe(recipe).as_sent()
-    points = expand(parsed, axes)
-    count = len(parsed["models"])
+    points = expand(recipe, axes)
+    count = len(recipe["models"])
     if wrong := [place for place, task in enumerate(tasks) if task.source is not None and task.source >= count]:
         message = f"The recipe has {count} models, counted from 0."
         raise MergeyardError("task_invalid", message, where=f"{where}[{wrong[0]}].source")
     owners = sorted({task.source for task in tasks if task.source is not None})
-    base = _planned(BASE, None, only_source(parsed, 0, 0.0), resolver)
-    read = _tasks(tasks, base.plan, resolver, where)
-    against = [_planned(alone(index), None, only_source(parsed, index), resolver) for index in owners]
-    planned = [_planned(f"point {point.number}", point.settings, point.recipe, resolver) for point in points]
-    return PlannedSweep(points=(base, *against, *planned), tasks=read, sources=tuple(task.source for task in tasks))
+    base, plan = _planned(BASE, None, only_source(recipe, 0, 0.0), resolver)
+    read = _tasks(tasks, plan, resolver, where)
+    rest = [
+        *((alone(index), None, only_source(recipe, index)) for index in owners),
+        *((f"point {point.number}", point.settings, point.recipe) for point in points),
+    ]
+    planned = [_planned(*one, resolver)[0] for one in rest]
+    return PlannedSweep(points=(base, *planned), tasks=read, sources=tuple(task.source for task in tasks))
 
 
-def plan_evaluation(
-    model: str, tasks: Sequence[TaskEntry], resolver: Resolver, *, where: str = "tasks"
-) -> PlannedSweep:
+def plan_evaluation(model: str, tasks: Sequence[TaskEntry], resolver: Resolver) -> PlannedSweep:
     """A model as it is; ``BASE+ADAPTER`` is their merge. Raises MergeyardError as `make_plan` and `read_tasks` do."""
     base, adapter = split_adapter(model)
     recipe: dict[str, Any] = (
@@ -126,10 +128,10 @@ def plan_evaluation(
         else {"base_model": base, "merge_method": "task_arithmetic", "models": [{"adapter": adapter}]}
     )
     try:
-        point = _planned(model, None, recipe, resolver)
+        point, plan = _planned(model, None, recipe, resolver)
     except MergeyardError as error:
         raise MergeyardError.of([replace(problem, where="model") for problem in error.problems]) from None
-    read = _tasks(tasks, point.plan, resolver, where)
+    read = _tasks(tasks, plan, resolver, "tasks")
     return PlannedSweep(points=(point,), tasks=read, sources=(None,) * len(read))
 
 
@@ -140,13 +142,12 @@ def plan_tasks_again(entries: Sequence[Mapping[str, Any]], plan: Plan, resolver:
 
 def _tasks(entries: Sequence[TaskEntry], plan: Plan, resolver: Resolver, where: str) -> tuple[PlannedTask, ...]:
     template = has_chat_template(plan.documents, plan.companions, plan.base.reference)
-    plain = [entry.entry() if isinstance(entry, SweptTask) else entry for entry in entries]
-    return read_tasks(plain, resolver, where, has_chat_template=template)
+    return read_tasks(entries, resolver, where, has_chat_template=template)
 
 
 def _planned(
     name: str, settings: Mapping[str, Any] | None, recipe: Mapping[str, Any], resolver: Resolver
-) -> PlannedPoint:
+) -> tuple[PlannedPoint, Plan]:
     try:
         plan = make_plan(parse_recipe(recipe), resolver)
         if plan.earlier:
@@ -154,7 +155,22 @@ def _planned(
             raise MergeyardError("not_supported", message)
     except MergeyardError as error:
         raise MergeyardError.of([_at_point(problem, settings) for problem in error.problems]) from None
-    return PlannedPoint(name=name, settings=settings, recipe=recipe, plan=plan)
+    point = PlannedPoint(
+        name=name,
+        settings=settings,
+        recipe=recipe,
+        resolved=plan.recipe,
+        plan_digest=plan.digest,
+        method=plan.method,
+        estimates=plan.estimates,
+        warnings=plan.warnings,
+    )
+    return point, plan
+
+
+def _digest(merged: object, tasks: Sequence[PlannedTask]) -> str:
+    text = json.dumps([merged, section(tasks)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _at_point(problem: Problem, settings: Mapping[str, Any] | None) -> Problem:

@@ -96,7 +96,7 @@ class TestTheGrid:
         monkeypatch.setattr("app.sources.resolver.load_adapter", reading)
         task = SweptTask(file=str(root / "first.jsonl"), source=0)
         swept = plan_sweep(RECIPE, {"density": [0.2, 0.4, 0.6]}, [task], Resolver(local=root))
-        assert sorted(read) == ["one", "two"] and len({point.plan.digest for point in swept.points}) == 5
+        assert sorted(read) == ["one", "two"] and len({point.plan_digest for point in swept.points}) == 5
 
     def test_a_method_and_a_dialect_are_axes_too(self, root: Path) -> None:
         points = expand(RECIPE, {"dialect": ["mergekit", "peft", "paper", "article"]})

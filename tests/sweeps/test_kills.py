@@ -154,7 +154,7 @@ class TestTheRows:
         for value in (1.0, 2.0):
             points.record(job.id, claimed.lease_token, 4, [self.score(value)])
         found = points.of(job.id)[4].scores
-        assert found is not None and found[0]["score"] == 1.0
+        assert found is not None and found[0].score == 1.0
         assert scored(yard, job) == [4]
 
     def test_it_cannot_succeed_once_a_cancel_was_accepted(self, yard: Yard) -> None:

@@ -246,7 +246,7 @@ class TestEndings:
         assert do(sweep["id"]) is Ending.PUBLISHED
         assert made == [*NAMES] * 4, "four of seven points, two tasks each"
         found = [point.scores for point in points.of(sweep["id"])]
-        kept = [one[0]["score"] for one in found if one is not None]
+        kept = [one[0].score for one in found if one is not None]
         assert [kept[number] for number in (0, 1, 4)] == [0, 1, 4] and len(kept) == 7
 
 

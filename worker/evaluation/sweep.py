@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from app.planning.plan import Plan, PlannedTask
 from app.tasks.task import TaskScore
@@ -15,6 +15,8 @@ from worker.engine.meter import Control
 from worker.evaluation.memory import ModelInMemory
 from worker.evaluation.scoring import score
 
+Point = TypeVar("Point")
+
 
 class Watch(Control, Protocol):
     """A Control that is also told how far the scoring of a point is, from 0 to 1."""
@@ -23,16 +25,16 @@ class Watch(Control, Protocol):
 
 
 def score_points(
-    plans: Iterable[Plan],
+    points: Iterable[tuple[Point, Plan]],
     tasks: Sequence[PlannedTask],
     *,
     kernels: Kernels,
     watch: Watch,
-    on_scored: Callable[[tuple[TaskScore, ...]], None],
+    on_scored: Callable[[Point, tuple[TaskScore, ...]], None],
     threads: int = 0,
 ) -> None:
-    """Score every plan's result. Each is asked for once the one before it was scored and ``on_scored`` told of it, so
-    that whoever keeps the scores loses none.
+    """Score every plan's result. ``points``: whatever the caller knows each by, with its plan; one is asked for once
+    ``on_scored`` was told of the one before it, so that whoever keeps the scores loses none.
 
     Raises MergeyardError as ``ModelInMemory`` and ``score`` do, or what ``watch.check`` raises.
     """
@@ -40,13 +42,13 @@ def score_points(
         # Sources are hashed once and not at every point.
         digests = DigestCache(Path(scratch) / "digests")
         model: ModelInMemory | None = None
-        for plan in plans:
+        for point, plan in points:
             watch.check()
             if model is None:
                 (folder := Path(scratch) / "model").mkdir()
                 model = ModelInMemory(plan, folder, "cuda" if kernels.name == "cuda" else "cpu")
             model.become(plan, kernels=kernels, control=watch, digests=digests, threads=threads)
-            on_scored(tuple(_score(model, task, place, len(tasks), watch) for place, task in enumerate(tasks)))
+            on_scored(point, tuple(_score(model, task, place, len(tasks), watch) for place, task in enumerate(tasks)))
 
 
 def _score(model: ModelInMemory, task: PlannedTask, place: int, count: int, watch: Watch) -> TaskScore:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -12,14 +11,14 @@ from fastapi.responses import RedirectResponse, Response
 
 from app.api.callers import Merging, Reading
 from app.api.jobs import Id
-from app.api.scored import Evaluation, Sweep, sweep_rows
+from app.api.scoring_schemas import Evaluation, Sweep, sweep_rows
 from app.api.service import Service, Serving
 from app.api.sweeps import merge_point
 from app.dashboard import shown
 from app.dashboard.frame import CSP, PLOTLY_CSP, ROOT, page, page_router, static
 from app.errors import MergeyardError
 from app.recipe.difference import as_yaml
-from app.records.job import Job, Kind, Status
+from app.records.job import Job, Kind
 from app.records.key import Caller, Scope
 from app.sweeps.drawings import drawings
 
@@ -35,12 +34,10 @@ def scoring_pages(kind: Kind) -> APIRouter:
         caller: Reading,
         request: Request,
         serving: Serving,
-        status: Annotated[Status | str, Query(pattern=r"^[a-z]{0,16}$")] = "",
         cursor: Annotated[str, Query(max_length=500)] = "",
     ) -> Response:
         """A page of those that the caller sees, newest first."""
-        wanted = Status(status) if status in set(Status) else None
-        found = serving.jobs.list(status=wanted, limit=ROWS, cursor=cursor or None, by=caller, kind=kind)
+        found = serving.jobs.list(limit=ROWS, cursor=cursor or None, by=caller, kind=kind)
         return page(
             request,
             caller,
@@ -116,7 +113,7 @@ def _page(
         may=caller.may(Scope.MERGE),
         refusal=refusal,
         recipe=as_yaml(sweep.recipe) if sweep else "",
-        drawings=json.loads(json.dumps(drawn)),
+        drawings=drawn,
         plotly=static("plotly.min.js"),
         percent=shown.percent,
         moment=shown.moment,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -11,16 +12,16 @@ from pydantic import Field
 from app.api.schemas import (
     Document,
     FailedAttempt,
-    Failure,
+    JobSummary,
     ProblemItem,
     Score,
     WebhookDocument,
-    failure_of,
+    job_details,
+    job_summary,
+    job_url,
 )
-from app.records.job import POINT_UNITS, Job, Listed, Point, Stage, Status
-from app.sweeps.planning import BASE
+from app.records.job import POINT_UNITS, Job, Listed, Point, Status
 from app.sweeps.results import Row, Scored, best_of, rows_of
-from app.tasks.task import TaskScore
 
 
 class PointProgress(Document):
@@ -37,29 +38,11 @@ class ScoringUrls(Document):
     cancel: str
 
 
-class ScoringSummary(Document):
+class ScoringSummary(JobSummary):
     """A sweep or an evaluation as lists show it."""
 
-    id: str
-    kind: str
-    owner: str = Field(description="Whose key submitted it; `local` while there were no keys")
-    status: Status
-    stage: Stage | None
-    method: str
-    queue: str
-    priority: int
-    labels: dict[str, str]
-    attempt: int
-    max_attempts: int
     progress: PointProgress
-    error: Failure | None
-    pinned: bool = Field(description="It does not expire")
-    expires_at: datetime | None = Field(description="When it will be deleted, unless it is pinned")
     fingerprint: str = Field(description="sha256 over everything that is merged and everything that is asked")
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-    updated_at: datetime
     urls: ScoringUrls
 
     @classmethod
@@ -74,7 +57,9 @@ class ScoringPage(Document):
     next_cursor: str | None
 
 
-class _Scoring(ScoringSummary):
+class Scoring(ScoringSummary):
+    """What sweeps and evaluations have in common."""
+
     failures: list[FailedAttempt] = Field(description="The attempts that failed, in order; hand-backs are none")
     retry_at: datetime | None = Field(description="While queued after a failure: the next attempt begins no sooner")
     webhook: WebhookDocument | None = Field(description="Who is told when it ends")
@@ -83,7 +68,7 @@ class _Scoring(ScoringSummary):
     warnings: list[ProblemItem]
 
 
-class Evaluation(_Scoring):
+class Evaluation(Scoring):
     """Scores of a model as it is."""
 
     model: str = Field(description="As submitted")
@@ -91,12 +76,8 @@ class Evaluation(_Scoring):
 
     @classmethod
     def of(cls, job: Job, points: Sequence[Point]) -> Evaluation:
-        scores = points[0].scores if points else None
-        return cls(
-            **_scoring(job),
-            model=job.recipe["model"],
-            scores=[Score(**score) for score in scores or ()],
-        )
+        (point,) = points
+        return cls(**_scoring(job), model=job.recipe["model"], scores=_scores(point) or [])
 
 
 class SweepPoint(Document):
@@ -121,7 +102,7 @@ class HeldAgainst(Document):
     scores: list[Score] | None
 
 
-class Sweep(_Scoring):
+class Sweep(Scoring):
     """One recipe over a grid, every point scored on tasks."""
 
     recipe: dict[str, Any] = Field(description="As submitted")
@@ -137,28 +118,35 @@ class Sweep(_Scoring):
     def of(cls, job: Job, points: Sequence[Point]) -> Sweep:
         rows = sweep_rows(job, points)
         by_name = {row.name: row for row in rows}
-        in_grid = [point for point in points if point.settings is not None]
-        best = best_of(rows)
-        numbers = {point.name: number for number, point in enumerate(in_grid)}
         return cls(
             **_scoring(job),
             recipe=dict(job.recipe["recipe"]),
             grid=job.recipe["grid"],
             against=[HeldAgainst(name=point.name, scores=_scores(point)) for point in points if point.settings is None],
-            points=[_point(number, point, by_name.get(point.name)) for number, point in enumerate(in_grid)],
-            best=None if best is None else numbers[rows[best].name],
+            points=[_point(number, point, by_name.get(point.name)) for number, point in enumerate(in_grid(points))],
+            best=best_point(rows, points),
         )
 
 
+def in_grid(points: Sequence[Point]) -> list[Point]:
+    """The points of the grid, in its order: that of their numbers in the API."""
+    return [point for point in points if point.settings is not None]
+
+
+def best_point(rows: Sequence[Row], points: Sequence[Point]) -> int | None:
+    """The number in the grid of the best one that is scored."""
+    best = best_of(rows)
+    names = [point.name for point in in_grid(points)]
+    return None if best is None else names.index(rows[best].name)
+
+
 def sweep_rows(job: Job, points: Sequence[Point]) -> list[Row]:
-    """What the points that are scored say."""
+    """What the points that are scored say. What they are held against is scored before any of them."""
     scored = [
-        Scored(name=point.name, settings=point.settings, scores=tuple(TaskScore(**score) for score in point.scores))
+        Scored(name=point.name, settings=point.settings, scores=point.scores)
         for point in points
         if point.scores is not None
     ]
-    if not any(one.name == BASE for one in scored):
-        return []
     return rows_of(scored, [task.get("source") for task in job.resolved["tasks"]])
 
 
@@ -175,51 +163,20 @@ def _point(number: int, point: Point, row: Row | None) -> SweepPoint:
 
 
 def _scores(point: Point) -> list[Score] | None:
-    return None if point.scores is None else [Score(**score) for score in point.scores]
+    return None if point.scores is None else [Score(**asdict(score)) for score in point.scores]
 
 
 def _scoring(job: Job) -> dict[str, Any]:
-    return {
-        **_summary(job),
-        "failures": [FailedAttempt(**failure) for failure in job.failures],
-        "retry_at": job.retry_at,
-        "webhook": None if job.webhook is None else WebhookDocument(**job.webhook),
-        "tasks": job.resolved["tasks"],
-        "estimates": dict(job.estimates),
-        "warnings": [ProblemItem(**warning) for warning in job.warnings],
-    }
+    return {**_summary(job), **job_details(job), "tasks": job.resolved["tasks"]}
 
 
 def _summary(job: Listed) -> dict[str, Any]:
-    url = scoring_url(job)
-    total = max(1, job.total_bytes)
+    url, total = job_url(job), job.total_bytes
     done = total if job.status is Status.SUCCEEDED else min(job.progress_bytes, total)
     return {
-        "id": job.id,
-        "kind": job.kind,
-        "owner": job.owner,
-        "status": job.status,
-        "stage": job.stage,
-        "method": job.method,
-        "queue": job.queue,
-        "priority": job.priority,
-        "labels": dict(job.labels),
-        "attempt": job.attempt,
-        "max_attempts": job.max_attempts,
+        **job_summary(job),
         "progress": PointProgress(
-            points_done=done // POINT_UNITS, points_total=job.total_bytes // POINT_UNITS, fraction=done / total
+            points_done=done // POINT_UNITS, points_total=total // POINT_UNITS, fraction=done / total
         ),
-        "error": failure_of(job.error),
-        "pinned": job.pinned,
-        "expires_at": None if job.pinned else job.expires_at,
-        "fingerprint": job.plan_digest,
-        "created_at": job.created_at,
-        "started_at": job.started_at,
-        "finished_at": job.finished_at,
-        "updated_at": job.updated_at,
         "urls": ScoringUrls(self=url, events=f"{url}/events", cancel=f"{url}/cancel"),
     }
-
-
-def scoring_url(job: Listed) -> str:
-    return f"/{job.kind}s/{job.id}"
