@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests import tiny
 
 SPECIAL = ("<pad>", "<end>", "<user>", "<assistant>")
 CHARACTERS = string.ascii_lowercase + string.digits + " .,=+-*'\"{}:;()<>?!_"
@@ -48,6 +51,17 @@ def write_chat(folder: Path, *, learnt: Sequence[tuple[str, str]] = LEARNT, temp
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_chat_root(root: Path) -> Path:
+    """The model (``chat``), two adapters on it that change little (``one``, ``two``), and a task for each."""
+    write_chat(root / "chat")
+    for seed, name in enumerate(("one", "two"), start=1):
+        tiny.write_lora(root / "chat", root / name, rank=2, seed=seed)
+    for name, pairs in (("first", LEARNT[:3]), ("second", LEARNT[3:])):
+        rows = [{"messages": [{"role": "user", "content": ask}], "answer": answer} for ask, answer in pairs]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
 
 
 def _tokenizer(template: bool) -> PreTrainedTokenizerFast:

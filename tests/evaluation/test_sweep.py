@@ -23,9 +23,8 @@ from app.sweeps.planning import SweptTask, plan_sweep
 from app.sweeps.results import Row, kept
 from app.tasks.task import Example, Message, Task, TaskScore
 from mergeyard.plots import draw
-from tests import tiny
 from tests.cli.commands import mergeyard
-from tests.evaluation.chat import LEARNT, write_chat
+from tests.evaluation.chat import LEARNT, write_chat_root
 from worker.engine.digests import DigestCache
 from worker.engine.kernels import load
 from worker.engine.run import merge_to_folder
@@ -38,12 +37,7 @@ from worker.evaluation.scoring import score
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model, two adapters on it, a task for each, and a recipe."""
     root = tmp_path_factory.mktemp("models")
-    write_chat(root / "chat")
-    for seed, name in enumerate(("one", "two"), start=1):
-        tiny.write_lora(root / "chat", root / name, rank=2, seed=seed)
-    for name, pairs in (("first", LEARNT[:3]), ("second", LEARNT[3:])):
-        rows = [{"messages": [{"role": "user", "content": ask}], "answer": answer} for ask, answer in pairs]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_chat_root(root)
     (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return root
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import pytest
 
 from app.settings import Settings
-from tests import tiny
 from tests.api.serving import ServedApi, serving
-from tests.evaluation.chat import LEARNT, write_chat
+from tests.evaluation.chat import write_chat, write_chat_root
 from tests.worker.attempts import lonely_yard, place_in
 from worker.job import Ending, work
 from worker.lease import StopRequest
@@ -21,12 +19,7 @@ from worker.lease import StopRequest
 @pytest.fixture(scope="session")
 def chat_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("chat-models")
-    write_chat(root / "chat")
-    for seed, name in enumerate(("one", "two"), start=1):
-        tiny.write_lora(root / "chat", root / name, rank=2, seed=seed)
-    for name, pairs in (("first", LEARNT[:3]), ("second", LEARNT[3:])):
-        rows = [{"messages": [{"role": "user", "content": ask}], "answer": answer} for ask, answer in pairs]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_chat_root(root)
     (root / "empty.jsonl").write_text("")
     (root / "unfinished.jsonl").write_text('{"prompt": "hi"}\n')
     write_chat(root / "silent", template=False)

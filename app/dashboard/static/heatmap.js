@@ -1,4 +1,6 @@
 // The heatmap of a merge's page, drawn by Plotly once it comes into view. Its numbers stand in the tables, too.
+import { loaded } from "./loading.js";
+
 const box = document.getElementById("heatmap");
 const data = JSON.parse(document.getElementById("heatmap-data")?.textContent ?? "null");
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -8,18 +10,8 @@ if (box && data) {
   new IntersectionObserver((entries, observer) => {
     if (!entries.some((entry) => entry.isIntersecting)) return;
     observer.disconnect();
-    load(box.dataset.plotly).then(begin);
+    loaded(box.dataset.plotly).then(begin);
   }, { rootMargin: "300px" }).observe(box);
-}
-
-function load(url) {
-  return new Promise((resolve, reject) => {
-    const script = document.createElement("script");
-    script.src = url;
-    script.onload = resolve;
-    script.onerror = reject;
-    document.head.append(script);
-  });
 }
 
 function begin() {

@@ -1,17 +1,9 @@
 // The drawings of a sweep's page, by Plotly; drawn anew whenever live.js brings new scores. The table has their numbers.
+import { loaded } from "./loading.js";
+
 const box = document.getElementById("drawings-box");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let shown = "";
-
-function loaded(url) {
-  return new Promise((resolve, reject) => {
-    const script = document.createElement("script");
-    script.src = url;
-    script.onload = resolve;
-    script.onerror = reject;
-    document.head.append(script);
-  });
-}
 
 function traces(drawing) {
   if (drawing.kind === "cells") {
